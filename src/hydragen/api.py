@@ -1,0 +1,147 @@
+"""The public operations: check, plan, run."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hydragen.backends import choose_backend
+from hydragen.host_ints import IntArray
+from hydragen.kv import PackedKV
+from hydragen.plan import Plan, make_plan
+from hydragen.target import target_of
+from hydragen.tree import PrefixTree
+from hydragen.types import AttentionState
+from hydragen.validation import Call, check_attention, check_backend, check_bool
+
+# Plans by structure: a decode loop asks for the same one at every layer and, with lengths on the device, every step.
+_PLANS: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+_MAX_PLANS = 128
+# Plans in use by captured CUDA graphs: a graph reads their tables when it is replayed, at any later time.
+_CAPTURED: set[Plan] = set()
+
+
+def attention(
+    q: Tensor,
+    kv: Sequence[tuple[Tensor, Tensor]] | PackedKV,
+    *,
+    tree: PrefixTree | None = None,
+    kv_lens: object = None,
+    cu_seqlens_q: Sequence[int] | IntArray | Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    batch_invariant: bool = False,
+    validate: bool = False,
+) -> Tensor | AttentionState:
+    """Exact softmax attention of every row over all the segments on its path through a tree of shared prefixes.
+
+    Keys and values that sequences share are given once and read once: the queries of all rows that share a segment
+    are stacked into one matrix, and partial results merge exactly by their log-sum-exp. Hydragen (Juravsky et al.,
+    2024, arXiv 2402.05099), section 3, applied to any tree.
+
+    Parameters
+    ----------
+    q : tensor [batch, q_len, num_q_heads, head_dim], or packed [total_q, num_q_heads, head_dim]
+        float16, bfloat16, float32 or (reference backend) float64; any strides. Packed q needs `cu_seqlens_q`.
+    kv : list of (k, v) levels, or PackedKV
+        Level l holds the nodes of depth l in index order: k [nodes, len, num_kv_heads, head_dim] and
+        v [nodes, len, num_kv_heads, head_dim_v], in q's dtype and on its device. num_q_heads must be a multiple
+        of num_kv_heads; head_dim and head_dim_v are 1 to 256. Without `tree`, groups are equal: node i of a level
+        of n nodes hangs under node i // (n // n_above) and row r ends at node r // (batch // n_last). A PackedKV
+        without `tree` gives row i node i alone.
+    tree : PrefixTree, optional
+        Who shares what, and at which node each row ends.
+    kv_lens : optional
+        Tokens in use per node. Levels: a list with an entry per level, None (full) or one length per node.
+        PackedKV: one length per node. Lengths on the host are checked. Lengths on q's device (int32 or int64) are
+        never read back: they are clamped to the capacity. Default: the tree's lengths, else all tokens.
+        What lies past a length is never used and may be NaN.
+    cu_seqlens_q : integers [num_rows + 1], optional
+        Offsets of each row's tokens in packed q. On q's device it is not read back and needs `max_seqlen_q`.
+    max_seqlen_q : int, optional
+        The most query tokens of any row; needed only with `cu_seqlens_q` on a device.
+    scale : float, optional
+        Factor of the dot products; default head_dim ** -0.5.
+    causal : bool
+        Query i of a row with q_len queries stands at position path_len - q_len + i and sees keys up to there.
+    window : int, optional
+        A query at position p sees keys at positions above p - window. Positions count along the row's path.
+    softcap : float, optional
+        Logits become softcap * tanh(logit / softcap), before masking.
+    sinks : tensor [num_q_heads], optional
+        One more logit per head, whose value is zero, counted once per query.
+    return_lse : bool
+        Return an AttentionState with the log-sum-exp as well.
+    backend : "auto", "reference" or "triton"
+        "auto" is Triton for CUDA tensors and the reference elsewhere. What a backend cannot do raises.
+    batch_invariant : bool
+        A row's output bits do not depend on which other rows share the batch: fixed tiles and split boundaries.
+    validate : bool
+        Also check lengths that live on the device; waits for it.
+
+    Returns
+    -------
+    tensor or AttentionState
+        `out` shaped like q with head_dim_v, in q's dtype. With `return_lse`, (out, lse): lse shaped like q without
+        its last dimension, float32 (float64 for float64), natural log. A row that has nothing to attend gets
+        out = 0 and lse = -inf (with sinks: lse = sink).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If arguments do not fit together, or the backend cannot do what is asked for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> q = torch.randn(4, 1, 8, 64)
+    >>> prefix_k, prefix_v = torch.randn(2, 1, 100, 2, 64)
+    >>> suffix_k, suffix_v = torch.randn(2, 4, 10, 2, 64)
+    >>> attention(q, [(prefix_k, prefix_v), (suffix_k, suffix_v)], kv_lens=[None, [10, 3, 0, 7]]).shape
+    torch.Size([4, 1, 8, 64])
+    """
+    check_backend(backend)
+    check_bool(batch_invariant, "batch_invariant")
+    call = check_attention(
+        q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse, validate
+    )
+    state = choose_backend(backend, q).run(_plan(call, batch_invariant), call)
+    return AttentionState(*state) if return_lse else state.out
+
+
+def _plan(call: Call, batch_invariant: bool) -> Plan:
+    """Return the plan for a call's structure, made once."""
+    nodes, lens = call.nodes, call.kv_lens.host
+    key = (
+        call.tree,
+        nodes.packed,
+        nodes.slot.tobytes() if nodes.packed else None,
+        (nodes.capacity if lens is None else lens).tobytes(),
+        lens is None,
+        call.q_starts.tobytes(),
+        call.q_lens.tobytes(),
+        call.heads,
+        call.q.device,
+        batch_invariant,
+    )
+    plan = _PLANS.get(key)
+    if plan is None:
+        target = target_of(call.q.device)
+        plan = make_plan(call.tree, nodes, lens, call.q_starts, call.q_lens, call.heads, target, batch_invariant)
+        _PLANS[key] = plan
+        if len(_PLANS) > _MAX_PLANS:
+            _PLANS.popitem(last=False)
+    else:
+        _PLANS.move_to_end(key)
+    if call.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.add(plan)
+    return plan

@@ -1,0 +1,111 @@
+"""The reference path: the paper's algorithm in plain PyTorch, on blocks of like segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from hydragen_reference import decomposed
+from torch import Tensor
+
+from hydragen.backends.tokens import Tokens, locate
+from hydragen.host_ints import IntArray
+from hydragen.plan import Plan
+from hydragen.types import AttentionState
+from hydragen.validation import Call
+
+# Shorter segments of a packed tensor are copied side by side and attended together; longer ones one by one.
+_COPY_UP_TO = 512
+
+
+def run(plan: Plan, call: Call) -> AttentionState:
+    """Compute one planned call; gradients flow through `out` and `lse`.
+
+    Returns
+    -------
+    AttentionState
+        `out` like q with head_dim_v, in q's dtype; `lse` float32 (float64 for float64).
+    """
+    q, options = call.q, call.options
+    tokens = locate(plan, call)
+    flat = q.reshape(-1, *q.shape[-2:])
+    q_pos = None
+    if tokens.q_pos is not None:
+        q_pos = _to_caller_order(tokens.q_pos, tokens.token, flat.shape[0])
+    state = decomposed.tree_attention(
+        flat,
+        list(_blocks(plan, call, tokens)),
+        q_pos=q_pos,
+        scale=options.scale,
+        causal=options.causal and q_pos is not None,
+        window=options.window,
+        softcap=options.softcap,
+        sinks=options.sinks,
+    )
+    shape = q.shape[:-1]
+    head_dim_v = plan.heads.head_dim_v
+    return AttentionState(state.out.reshape(*shape, head_dim_v), state.lse.reshape(shape))
+
+
+def _to_caller_order(values: Tensor, token: Tensor | None, size: int) -> Tensor:
+    if token is None:
+        return values
+    # one place more, for the -1 of unfilled rows
+    result = values.new_zeros(size + 1)
+    return result.index_copy(0, torch.where(token < 0, size, token).long(), values)[:size]
+
+
+def _blocks(plan: Plan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
+    """Yield the segments grouped into blocks: equal query counts, one level, keys of like length."""
+    segments = plan.work.segments
+    nodes = call.nodes
+    node, num_tok = segments.node, segments.num_tok
+    # lengths within a factor of two of one another share a block; a padded level has one capacity anyway
+    bucket = np.ceil(np.log2(segments.kv_len)).astype(np.int64) if nodes.packed else np.zeros_like(node)
+    alone = np.where(nodes.packed & (segments.kv_len > _COPY_UP_TO), node + 1, 0)
+    keys = np.stack([nodes.level[node], num_tok, bucket, alone], axis=1)
+    _, group = np.unique(keys, axis=0, return_inverse=True)
+    group = group.reshape(-1)
+    for index in range(int(group.max(initial=-1)) + 1):
+        yield _block(plan, call, tokens, np.flatnonzero(group == index))
+
+
+def _block(plan: Plan, call: Call, tokens: Tokens, chosen: IntArray) -> decomposed.Block:
+    segments, nodes, device = plan.work.segments, call.nodes, call.q.device
+    node = segments.node[chosen]
+    level, slots = int(nodes.level[node[0]]), nodes.slot[node]
+    k, v = nodes.k[level], nodes.v[level]
+    lens = segments.kv_len[chosen]
+    longest = int(lens.max())
+    if nodes.packed and node.size == 1:
+        k, v = (x[slots[0] : slots[0] + longest].unsqueeze(0) for x in (k, v))
+    elif nodes.packed:
+        # past a segment's end its last key again, which kv_lens hides
+        where = slots[:, None] + np.minimum(np.arange(longest), lens[:, None] - 1)
+        index = torch.from_numpy(where).to(device)
+        k, v = k[index], v[index]
+    else:
+        if not np.array_equal(slots, np.arange(k.shape[0])):
+            step = slots[1] - slots[0] if slots.size > 1 else 1
+            if step > 0 and np.array_equal(slots, np.arange(slots[0], slots[-1] + 1, step)):
+                k, v = (x[int(slots[0]) : int(slots[-1]) + 1 : int(step)] for x in (k, v))
+            else:
+                index = torch.from_numpy(slots).to(device)
+                k, v = k[index], v[index]
+        k, v = k[:, :longest], v[:, :longest]
+    there = torch.from_numpy(node).to(device)
+    if tokens.kv_lens is not None:
+        kv_lens: Tensor | None = tokens.kv_lens[there]
+    elif (lens == longest).all():
+        kv_lens = None
+    else:
+        kv_lens = torch.from_numpy(lens).to(device)
+    positions = segments.tok_begin[chosen][:, None] + np.arange(segments.num_tok[chosen[0]])
+    in_order = np.array_equal(positions.reshape(-1), np.arange(plan.queries.token.size))
+    if tokens.token is None:
+        attended = None if in_order else torch.from_numpy(positions).to(device)
+    else:
+        attended = tokens.token[torch.from_numpy(positions).to(device)].long()
+    k_start = None if tokens.kv_start is None else tokens.kv_start[there]
+    return decomposed.Block(k, v, kv_lens, attended, k_start)

@@ -1,0 +1,79 @@
+"""merge_states: the algebra that makes attention over pieces exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from hydragen_reference import decomposed
+from torch import Tensor
+
+from hydragen.types import AttentionState
+
+
+def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> AttentionState:
+    """Merge attention over disjoint sets of keys into attention over all of them.
+
+    Associative and commutative up to rounding; `(0, -inf)` is the identity; empty states alone give the empty
+    state. Gradients flow through `out` and `lse`. Hydragen (arXiv 2402.05099), section 3.1.
+
+    Parameters
+    ----------
+    states : sequence of AttentionState, or of pairs (out, lse)
+        `out` [..., num_heads, head_dim_v], any floating dtype; `lse` [..., num_heads], natural log, float32 or
+        float64. All of the same shapes, `out` of one dtype, on one device. Sinks belong to one state only.
+
+    Returns
+    -------
+    AttentionState
+        `out` in the dtype of the inputs, `lse` in theirs. The sums are computed in float32 or better.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no state, or the states do not fit together.
+
+    Examples
+    --------
+    >>> import torch
+    >>> a = AttentionState(torch.ones(1, 2, 4), torch.zeros(1, 2))
+    >>> nothing = AttentionState(torch.zeros(1, 2, 4), torch.full((1, 2), -torch.inf))
+    >>> merge_states([a, nothing]).out.sum()
+    tensor(8.)
+    """
+    if isinstance(states, Tensor) or not isinstance(states, Sequence) or len(states) == 0:
+        raise TypeError(
+            f"states must be a non-empty sequence of AttentionState, got {type(states).__name__}"
+            f"{' without entries' if isinstance(states, Sequence) else ''}; pass [state_a, state_b, ...]"
+        )
+    checked = [_checked(state, f"states[{i}]") for i, state in enumerate(states)]
+    out, lse = checked[0]
+    for i, (other_out, other_lse) in enumerate(checked[1:], start=1):
+        for name, mine, first in ((f"states[{i}].out", other_out, out), (f"states[{i}].lse", other_lse, lse)):
+            if mine.shape != first.shape or mine.dtype != first.dtype or mine.device != first.device:
+                raise ValueError(
+                    f"{name} must match states[0], {list(first.shape)} {first.dtype} on {first.device}, got "
+                    f"{list(mine.shape)} {mine.dtype} on {mine.device}; give all states one shape, dtype and device"
+                )
+    wide = torch.float64 if torch.float64 in (out.dtype, lse.dtype) else torch.float32
+    merged = decomposed.merge_states([decomposed.State(o.to(wide), l.to(wide)) for o, l in checked])
+    return AttentionState(merged.out.to(out.dtype), merged.lse.to(lse.dtype))
+
+
+def _checked(state: object, name: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) for x in state):
+        raise TypeError(f"{name} must be an AttentionState (out, lse) of tensors, got {type(state).__name__}; pass both")
+    out, lse = state
+    if not out.is_floating_point() or lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must have a floating-point out and a float32 or float64 lse, got {out.dtype} and {lse.dtype}; "
+            "convert them with .to(dtype)"
+        )
+    if out.dim() < 1 or lse.shape != out.shape[:-1]:
+        raise ValueError(
+            f"{name}.lse must be shaped like out without its last dimension, {list(out.shape[:-1])}, got "
+            f"{list(lse.shape)}; some libraries put heads before tokens: transpose it"
+        )
+    if out.device != lse.device:
+        raise ValueError(f"{name}.lse must be on the device of out, {out.device}, got {lse.device}; move it")
+    return out, lse

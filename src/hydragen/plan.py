@@ -1,0 +1,262 @@
+"""From structure to work: which segments there are, who attends to them, and in which tiles.
+
+Host-side integers only, vectorised; no tensor is read here. Lengths that live on a device stay there: the plan is
+then made for the capacities, and the kernels clamp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydragen.host_ints import IntArray
+from hydragen.kv import NodeKV
+from hydragen.target import Target
+from hydragen.tree import PrefixTree
+from hydragen.tuning import Tile, choose_tiles, split_size, tiles_for
+
+# The columns of the work table, as kernels/attend.py reads them.
+ITEM_COLUMNS = ("node", "level", "slot", "begin", "end", "tok_begin", "num_tok", "row_begin", "dest")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of one token's queries, keys and values, and the bytes of one element."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    itemsize: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """The query tokens in tree order, so that those that share a segment are side by side.
+
+    Attributes
+    ----------
+    begin, end : int64 [num_nodes]
+        Half-open range of the tokens whose path contains each node.
+    token : int64 [num_tokens]
+        Where the caller put the token: its index in packed q, or row * q_len + i.
+    row : int64 [num_tokens]
+        The token's row in the caller's numbering.
+    within : int64 [num_tokens]
+        The token's index among those of its row.
+    q_lens : int64 [num_rows]
+        Query tokens of each row, in the caller's numbering; capacities where the lengths live on the device.
+    in_order : bool
+        `token` is 0, 1, 2, ...
+    """
+
+    begin: IntArray
+    end: IntArray
+    token: IntArray
+    row: IntArray
+    within: IntArray
+    q_lens: IntArray
+    in_order: bool
+
+    @classmethod
+    def of(cls, tree: PrefixTree, q_starts: IntArray, q_lens: IntArray) -> Queries:
+        """Lay out the tokens of rows that begin at `q_starts` and have `q_lens` tokens (int64 [num_rows])."""
+        order = tree.row_order
+        lens = q_lens[order]
+        first = np.append(0, np.cumsum(lens))
+        row = np.repeat(order, lens)
+        within = np.arange(first[-1]) - np.repeat(first[:-1], lens)
+        token = q_starts[row] + within
+        in_order = bool(np.array_equal(token, np.arange(token.size)))
+        return cls(first[tree.row_begin], first[tree.row_end], token, row, within, q_lens, in_order)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """All work of one kind of tile: one launch of `items` x num_kv_heads programs."""
+
+    tile: Tile
+    items: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The segments that somebody attends to, root to leaf: their node, keys, query tokens, tile and split size."""
+
+    node: IntArray
+    kv_len: IntArray
+    tok_begin: IntArray
+    num_tok: IntArray
+    tile: IntArray
+    split_size: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The tables of one attention call.
+
+    Attributes
+    ----------
+    segments : Segments
+    tiles : the tiles that `segments.tile` indexes
+    launches : one per kind of tile that has work
+    final : bool
+        Every token has one partial: the tiles write the output themselves and there is no merge.
+    num_partials : int
+        Rows of the partial buffers, each [num_q_heads, head_dim_v].
+    merge_indptr, merge_indices : int32
+        Compressed rows: query token t (in tree order) merges partial rows indices[indptr[t]:indptr[t + 1]],
+        root to leaf.
+    """
+
+    segments: Segments
+    tiles: tuple[Tile, ...]
+    launches: tuple[Launch, ...]
+    final: bool
+    num_partials: int
+    merge_indptr: NDArray[np.int32]
+    merge_indices: NDArray[np.int32]
+
+
+def find_segments(
+    kv_lens: IntArray, queries: Queries, heads: Heads, target: Target, batch_invariant: bool
+) -> tuple[Segments, tuple[Tile, ...]]:
+    """Return what there is to attend to, with a tile and a split size for each segment.
+
+    Parameters
+    ----------
+    kv_lens : int64 [num_nodes]
+        Keys in each node, or its capacity where the length lives on the device.
+    """
+    tiles = tiles_for(target, heads.head_dim, heads.head_dim_v, heads.itemsize)
+    num_tok = queries.end - queries.begin
+    node = np.flatnonzero((kv_lens > 0) & (num_tok > 0))
+    kv_len, num_tok = kv_lens[node], num_tok[node]
+    rows = num_tok * heads.group_size
+    tile = choose_tiles(rows, tiles, batch_invariant)
+    size = np.ones_like(kv_len)
+    for index in np.unique(tile):
+        chosen = tile == index
+        programs = -(-rows[chosen] // tiles[index].block_m) * heads.num_kv_heads
+        size[chosen] = split_size(kv_len[chosen], programs, tiles[index], target, batch_invariant)
+    return Segments(node, kv_len, queries.begin[node], num_tok, tile, size), tiles
+
+
+def lay_out_work(
+    nodes: NodeKV, queries: Queries, segments: Segments, tiles: tuple[Tile, ...], heads: Heads
+) -> Work:
+    """Cut the segments into splits and row blocks, give each its place, and list every token's partials."""
+    num_splits = -(-segments.kv_len // segments.split_size)
+    split_of, split = _expand(num_splits)
+    begin = split * segments.split_size[split_of]
+    end = np.minimum(begin + segments.split_size[split_of], segments.kv_len[split_of])
+    tok_begin, num_tok = segments.tok_begin[split_of], segments.num_tok[split_of]
+    partials_before = np.append(0, np.cumsum(num_tok))
+    node = segments.node[split_of]
+
+    num_tokens = queries.token.size
+    entry_of, within = _expand(num_tok)
+    token_of_partial = tok_begin[entry_of] + within
+    partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
+    final = bool((partials_per_token == 1).all())
+
+    launches = []
+    for index, tile in enumerate(tiles):
+        chosen = np.flatnonzero(segments.tile[split_of] == index)
+        if chosen.size == 0:
+            continue
+        # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay together
+        chosen = chosen[np.argsort(begin[chosen] - end[chosen], kind="stable")]
+        blocks = -(-num_tok[chosen] * heads.group_size // tile.block_m)
+        which, block = _expand(blocks)
+        source = chosen[which]
+        columns = {
+            "node": node[source],
+            "level": nodes.level[node[source]],
+            "slot": nodes.slot[node[source]],
+            "begin": begin[source],
+            "end": end[source],
+            "tok_begin": tok_begin[source],
+            "num_tok": num_tok[source],
+            "row_begin": block * tile.block_m,
+            "dest": partials_before[source],
+        }
+        table = np.stack([columns[name] for name in ITEM_COLUMNS], axis=1)
+        launches.append(Launch(tile, table.astype(np.int32)))
+
+    if final:
+        empty = np.zeros(0, np.int32)
+        return Work(segments, tiles, tuple(launches), True, 0, empty, empty)
+    order = np.argsort(token_of_partial, kind="stable")
+    indptr = np.append(0, np.cumsum(partials_per_token))
+    return Work(
+        segments,
+        tiles,
+        tuple(launches),
+        False,
+        int(partials_before[-1]),
+        indptr.astype(np.int32),
+        order.astype(np.int32),
+    )
+
+
+def _expand(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Return (i, j) for i over `counts` and j over range(counts[i]), as two flat arrays."""
+    owner = np.repeat(np.arange(counts.size), counts)
+    first = np.cumsum(counts) - counts
+    return owner, np.arange(owner.size) - first[owner]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is to be done for one structure, whatever the tensors hold.
+
+    Attributes
+    ----------
+    tree : PrefixTree
+    heads : Heads
+    queries : Queries
+    kv_lens : int64 [num_nodes]
+        Keys in each node; capacities if `lens_on_device`.
+    lens_on_device : bool
+        The actual lengths come with every run and are clamped to `kv_lens`.
+    work : Work
+    target : Target
+    uploads : dict
+        What backends keep on devices for this plan; it lives as long as the plan.
+    """
+
+    tree: PrefixTree
+    heads: Heads
+    queries: Queries
+    kv_lens: IntArray
+    lens_on_device: bool
+    work: Work
+    target: Target
+    uploads: dict[Any, Any] = field(default_factory=dict)
+
+
+def make_plan(
+    tree: PrefixTree,
+    nodes: NodeKV,
+    kv_lens: IntArray | None,
+    q_starts: IntArray,
+    q_lens: IntArray,
+    heads: Heads,
+    target: Target,
+    batch_invariant: bool,
+) -> Plan:
+    """Plan one attention call; `kv_lens` None means lengths on the device, for which capacities stand in."""
+    queries = Queries.of(tree, q_starts, q_lens)
+    planned = nodes.capacity if kv_lens is None else kv_lens
+    segments, tiles = find_segments(planned, queries, heads, target, batch_invariant)
+    work = lay_out_work(nodes, queries, segments, tiles, heads)
+    return Plan(tree, heads, queries, planned, kv_lens is None, work, target)
