@@ -16,6 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import triton
 from count_tests import count
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,10 +55,6 @@ def commit() -> str:
 
 def machine() -> dict[str, str]:
     """The facts a number depends on."""
-    import numpy as np
-    import torch
-    import triton
-
     return {
         "gpu": torch.cuda.get_device_name(),
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

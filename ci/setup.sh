@@ -1,5 +1,5 @@
 # Sourced by ci/test and ci/demo, from the repository root: makes .venv with the pinned packages and this checkout
-# installed in it (editable), or reuses it. The stamp is a hash of everything that decides what would be installed.
+# installed in it (editable), or reuses it. The stamp is a hash of what decides what would be installed.
 # Sets PY to the environment's Python. PYTHON=python3.12 ci/test uses another interpreter.
 
 set_up() {
@@ -10,9 +10,11 @@ set_up() {
   fi
   PY="$PWD/.venv/bin/python"
   stamp="$("$base" -c '
-import hashlib, pathlib, sys
-seen = hashlib.sha256(f"{sys.version} {pathlib.Path.cwd()}".encode())
-for name in ("ci/constraints.txt", "ci/setup.sh", "pyproject.toml"):
+import hashlib, pathlib, sys, tomllib
+config = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
+deciding = sys.version, pathlib.Path.cwd(), config["build-system"], config["project"], config["tool"]["hatch"]
+seen = hashlib.sha256(repr(deciding).encode())
+for name in ("ci/constraints.txt", "ci/setup.sh"):
     seen.update(pathlib.Path(name).read_bytes())
 print(seen.hexdigest())')" || return 1
   if [ -x "$PY" ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then
