@@ -78,8 +78,12 @@ def run(plan: Plan, call: Call) -> AttentionState:
 
 
 def padded(size: int) -> int:
-    """Return the block size that holds `size`: a power of two, at least what a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(size))
+    """Return the block size that holds `size`: a power of two, 16 or at least 64.
+
+    16 is the least that a matrix instruction takes. With 32 columns of values Triton 3.6 makes a wgmma kernel that
+    reads past its shared memory (compute-sanitizer: invalid __shared__ read; head_dim 33, head_dim_v 20, float16).
+    """
+    return 16 if size <= 16 else max(64, triton.next_power_of_2(size))
 
 
 def _launch_attend(
