@@ -48,7 +48,7 @@ def dense_float64(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, float]:
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Median time of `run`, after one run that does not count."""
+    """Shortest time of `run`, after one run that does not count: whatever else the machine does only adds."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -56,7 +56,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 # Ways to write ordinary attention for grouped heads, by the name the demo prints.
