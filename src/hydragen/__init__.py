@@ -1,10 +1,11 @@
 """Exact attention over batches of sequences that share prefixes (Hydragen, arXiv 2402.05099)."""
 
 from hydragen.api import attention
+from hydragen.explain import Explanation, explain
 from hydragen.kv import PackedKV
 from hydragen.merging import merge_states
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 
 __version__ = "0.1.0"
-__all__ = ["AttentionState", "PackedKV", "PrefixTree", "attention", "merge_states"]
+__all__ = ["AttentionState", "Explanation", "PackedKV", "PrefixTree", "attention", "explain", "merge_states"]

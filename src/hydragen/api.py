@@ -11,6 +11,7 @@ from torch import Tensor
 from hydragen.backends import choose_backend
 from hydragen.host_ints import IntArray
 from hydragen.kv import PackedKV
+from hydragen.ops import attention_in_graph, implement
 from hydragen.plan import Plan, make_plan
 from hydragen.target import target_of
 from hydragen.tree import PrefixTree
@@ -109,24 +110,38 @@ def attention(
     >>> attention(q, [(prefix_k, prefix_v), (suffix_k, suffix_v)], kv_lens=[None, [10, 3, 0, 7]]).shape
     torch.Size([4, 1, 8, 64])
     """
+    arguments = (
+        q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse, backend,
+        batch_invariant, validate,
+    )  # fmt: skip
+    state = attention_in_graph(*arguments) if torch.compiler.is_compiling() else _attention(*arguments)
+    return state if return_lse else state.out
+
+
+@implement
+def _attention(
+    q: Tensor, kv: Sequence[tuple[Tensor, Tensor]] | PackedKV, tree: PrefixTree | None, kv_lens: object,
+    cu_seqlens_q: object, max_seqlen_q: int | None, scale: float | None, causal: bool, window: int | None,
+    softcap: float | None, sinks: Tensor | None, return_lse: bool, backend: str, batch_invariant: bool, validate: bool,
+) -> AttentionState:  # fmt: skip
     check_backend(backend)
     check_bool(batch_invariant, "batch_invariant")
     call = check_attention(
         q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse, validate
     )
-    state = choose_backend(backend, q).run(_plan(call, batch_invariant), call)
-    return AttentionState(*state) if return_lse else state.out
+    return choose_backend(backend, q).run(_plan(call, batch_invariant), call)
 
 
 def _plan(call: Call, batch_invariant: bool) -> Plan:
     """Return the plan for a call's structure, made once."""
-    nodes, lens = call.nodes, call.kv_lens.host
+    nodes, lens = call.nodes, call.kv_lens.planned
+    lens_on_device = len(call.kv_lens.on_device) > 0
     key = (
         call.tree,
         nodes.packed,
         nodes.slot.tobytes() if nodes.packed else None,
-        (nodes.capacity if lens is None else lens).tobytes(),
-        lens is None,
+        lens.tobytes(),
+        lens_on_device,
         call.q_starts.tobytes(),
         call.q_lens.tobytes(),
         call.heads,
@@ -136,7 +151,17 @@ def _plan(call: Call, batch_invariant: bool) -> Plan:
     plan = _PLANS.get(key)
     if plan is None:
         target = target_of(call.q.device)
-        plan = make_plan(call.tree, nodes, lens, call.q_starts, call.q_lens, call.heads, target, batch_invariant)
+        plan = make_plan(
+            call.tree,
+            nodes,
+            lens,
+            lens_on_device,
+            call.q_starts,
+            call.q_lens,
+            call.heads,
+            target,
+            batch_invariant,
+        )
         _PLANS[key] = plan
         if len(_PLANS) > _MAX_PLANS:
             _PLANS.popitem(last=False)

@@ -6,8 +6,10 @@ path from a root to there. Where the keys and values of a node live is the busin
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +20,10 @@ from hydragen.radix import build_radix_tree
 from hydragen.tree_checks import check_tree, known, listed
 from hydragen.tree_levels import stack_levels
 from hydragen.tree_text import tree_text
+
+
+_handles = itertools.count(1)
+_trees: weakref.WeakValueDictionary[int, PrefixTree] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,6 +57,7 @@ class PrefixTree:
     kv_lens: IntArray | None
     row_to_node: IntArray
     token_ids: IntArray | None = None
+    handle: int = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("parents", "kv_lens", "row_to_node", "token_ids"):
@@ -58,6 +65,17 @@ class PrefixTree:
             if value is not None or name in ("parents", "row_to_node"):
                 object.__setattr__(self, name, frozen(as_int_vector(value, name).copy()))
         check_tree(*self._arrays)
+        # A number stands for the tree in compiled graphs, which hold tensors and numbers only.
+        object.__setattr__(self, "handle", next(_handles))
+        _trees[self.handle] = self
+
+    @staticmethod
+    def of_handle(handle: int) -> PrefixTree:
+        """Return the tree whose `handle` this is; ValueError if it no longer exists."""
+        tree = _trees.get(handle)
+        if tree is None:
+            raise ValueError(f"handle must be that of a living PrefixTree, got {handle}; keep the tree alive")
+        return tree
 
     @classmethod
     def from_parents(

@@ -53,13 +53,19 @@ _HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 256): (Tile(16, 32, 8, 2, True), Tile(64, 32, 8, 2, True)),
     (90, 64): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
     (90, 128): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
-    (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2, True), Tile(128, 32, 8, 2)),
-    (100, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2), Tile(128, 32, 8, 2, True)),
+    (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2, True)),
+    (100, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2)),
+}
+# 2-byte types whose rows are not a multiple of 16 bytes: loads of single elements need many more registers
+_UNALIGNED_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (0, 256): _HALF_TILES[0, 256],
+    (80, 128): (Tile(16, 32, 4, 1, True), Tile(64, 32, 8, 1, True)),
+    (80, 256): (Tile(16, 32, 8, 1, True),),
 }
 # the same for float32, whose products are plain multiply-adds
 _FLOAT_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (0, 256): (Tile(16, 16, 4, 1, True), Tile(32, 32, 4, 1)),
-    (80, 64): (Tile(16, 32, 4, 2, True, 2), Tile(32, 32, 8, 2, True)),
+    (80, 64): (Tile(16, 16, 4, 2, True, 2), Tile(32, 32, 8, 2, True)),
     (80, 128): (Tile(16, 16, 8, 2, True),),
     (80, 256): (Tile(16, 16, 8, 1, True),),
 }
@@ -80,7 +86,8 @@ def tiles_for(target: Target, head_dim: int, head_dim_v: int, itemsize: int) -> 
     itemsize : int
         Bytes per element of q, k and v: 2 or 4.
     """
-    table = _HALF_TILES if itemsize == 2 else _FLOAT_TILES
+    aligned = head_dim % 8 == 0 and head_dim_v % 8 == 0
+    table = _FLOAT_TILES if itemsize == 4 else _HALF_TILES if aligned else _UNALIGNED_TILES
     padded = max(head_dim, head_dim_v)
     # the newest family up to the target's that has tiles for this size; the interpreter is a family of its own
     found = [(-arch, size) for arch, size in table if arch <= target.arch and size >= padded]

@@ -1,0 +1,192 @@
+"""Compile every kernel for every tile that tuning can choose, without a GPU, and fail on what costs speed.
+
+For sm_80, sm_90 and sm_100 (or the architectures given as arguments): no register spills, no stack, shared memory
+within the limit, and the right matrix instruction: wgmma on sm_90 and tcgen05 on sm_100 for tiles of 64 rows and
+more, mma.sync for the 16-row tile and on sm_80. Uses the Triton that is installed and the assembler it bundles.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hydragen.backends.triton import MERGE_HEADS, MERGE_UNROLL, padded
+from hydragen.kernels.attend import attend
+from hydragen.kernels.merge import merge
+from hydragen.target import Target
+from hydragen.tuning import Tile, tiles_for
+
+ARCHITECTURES = (80, 90, 100)
+# Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical specifications".
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+NUM_LEVELS, GROUP_SIZE, NUM_KV_HEADS = 2, 4, 8
+
+# What a call can ask for, as sets of kernel flags that cover every branch at least once.
+VARIANTS: dict[str, dict[str, bool]] = {
+    "decode": {},
+    "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
+    "masked": {"CAUSAL": True, "WINDOW": True, "GATHER_Q": True, "HAS_LENS": True, "STRIDED": True},
+    "soft cap": {"SOFTCAP": True, "FOLD_SCALE": False, "CAUSAL": True, "FINAL": True, "HAS_LSE": True},
+    "padded head_dim": {"PADDED": True, "CAUSAL": True},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile."""
+
+    arch: int
+    dtype: str
+    head_dim: int
+    tile: Tile | None  # None: the merge
+    variant: str
+
+    def __str__(self) -> str:
+        tile = self.tile
+        shape = "merge" if tile is None else f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
+        return f"sm_{self.arch} {self.dtype} head_dim {self.head_dim} {shape} {self.variant}"
+
+
+def cases(architectures: tuple[int, ...]) -> list[Case]:
+    """List every tile of every tuning table with every variant."""
+    found = []
+    for arch in architectures:
+        target = Target(arch, 132, 1.0, 1.0)
+        for head_dim in (64, 128, 256):
+            for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+                for size in (head_dim, head_dim - 3):  # a row of whole 16-byte words, and one of odd length
+                    for tile in tiles_for(target, size, size, itemsize):
+                        found += [Case(arch, dtype, size, tile, variant) for variant in VARIANTS]
+            found.append(Case(arch, "bf16", head_dim, None, "decode"))
+    return found
+
+
+def compile_case(case: Case) -> Any:
+    """Compile one case as the launcher would for typical arguments: 16-byte aligned, strides divisible by 16."""
+    if case.tile is None:
+        flags: dict[str, Any] = {"GATHER_Q": True, "HAS_SINKS": True, "HAS_LSE": True, "INTERPRET": False}
+        constants = flags | {
+            "HEAD_DIM_V": case.head_dim, "BLOCK_H": MERGE_HEADS, "BLOCK_DV": padded(case.head_dim), "UNROLL": MERGE_UNROLL,
+        }  # fmt: skip
+        types: dict[str, Any] = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
+        return _compile(merge, constants, types, case.arch, 4, 3, None)
+    tile = case.tile
+    variant = VARIANTS[case.variant]
+    head_dim = case.head_dim - 8 if variant.get("PADDED") else case.head_dim
+    on = {name: variant.get(name, False) for name in (
+        "GATHER_Q", "HAS_LENS", "HAS_SINKS", "HAS_LSE", "FINAL", "CAUSAL", "WINDOW", "SOFTCAP",
+    )}  # fmt: skip
+    constants = on | {
+        "q_len": 1, "stride_qd": 1, "GROUP_SIZE": GROUP_SIZE, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(head_dim),
+        "CONTIGUOUS": not variant.get("STRIDED"), "NUM_KV_HEADS": NUM_KV_HEADS, "HEADS_FIRST": tile.block_m <= 16,
+        "FOLD_SCALE": variant.get("FOLD_SCALE", True), "NUM_STAGES": tile.num_stages, "LOOP_TAIL": tile.loop_tail,
+        "INTERPRET": False,
+    }  # fmt: skip
+    pointer = f"*{case.dtype}"
+    types = {"q_ptr": pointer, "out_ptr": pointer, "sinks_ptr": pointer, "k_ptrs": (pointer,) * NUM_LEVELS}
+    types["v_ptrs"] = types["k_ptrs"]
+    for side in "kv":
+        for axis in "nth":
+            types[f"strides_{side}{axis}"] = ("i32",) * NUM_LEVELS
+        types[f"strides_{side}d"] = ("constexpr",) * NUM_LEVELS
+    return _compile(attend, constants, types, case.arch, tile.num_warps, tile.num_stages, tile.max_registers)
+
+
+def _compile(
+    kernel: Any, constants: dict[str, Any], types: dict[str, Any], arch: int, warps: int, stages: int, registers: int | None
+) -> Any:
+    signature: dict[str, Any] = {}
+    fixed: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            fixed[(index,)] = constants[name]
+            continue
+        default = "fp32" if name in ("scale_log2", "softcap") else "*i32" if name.endswith("_ptr") else "i32"
+        if name.startswith(("part_", "lse_")):
+            default = "*fp32"
+        signature[name] = kind = types.get(name, default)
+        places = [(index, i) for i in range(len(kind))] if isinstance(kind, tuple) else [(index,)]
+        for place in places:
+            if isinstance(kind, tuple) and kind[0] == "constexpr":
+                fixed[place] = 1
+            elif name.endswith("_ptr") or name.startswith("stride") or isinstance(kind, tuple):
+                attributes[place] = aligned
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+    if registers is not None:
+        options["maxnreg"] = registers
+    source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled: Any) -> tuple[int, int]:
+    """Return registers per thread and bytes of stack (spills live there), as the bundled cuobjdump prints them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    if registers is None or stack is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(registers.group(1)), int(stack.group(1))
+
+
+def judge(case: Case) -> tuple[Case, int, str]:
+    """Compile a case; return it with its registers and what is wrong with it ("" if nothing is)."""
+    try:
+        compiled = compile_case(case)
+        registers, stack = resources(compiled)
+    except Exception as error:
+        return case, 0, f"does not compile: {type(error).__name__}: {str(error)[-400:]}"
+    problems = []
+    if stack:
+        problems.append(f"spills: {stack} bytes of stack with {registers} registers")
+    if compiled.metadata.shared > SHARED_LIMIT[case.arch]:
+        problems.append(f"shared memory {compiled.metadata.shared} exceeds {SHARED_LIMIT[case.arch]}")
+    wanted = instruction(case)
+    if wanted and wanted not in compiled.asm["ptx"]:
+        problems.append(f"no {wanted} in the PTX")
+    return case, registers, "; ".join(problems)
+
+
+def instruction(case: Case) -> str:
+    """Return the matrix instruction that a case must use; float32 has none that is exact."""
+    if case.tile is None or case.dtype == "fp32":
+        return ""
+    if case.tile.block_m >= 64 and case.arch in (90, 100):
+        return {90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.arch]
+    return "mma.sync"
+
+
+def main() -> int:
+    """Compile everything on all cores; print what fails and a summary."""
+    architectures = tuple(int(arg) for arg in sys.argv[1:]) or ARCHITECTURES
+    todo = cases(architectures)
+    failures = 0
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for case, registers, problem in pool.map(judge, todo):
+            if problem or os.environ.get("HYDRAGEN_GATE_VERBOSE"):
+                print(f"{'FAIL' if problem else 'ok  '} {case}: {registers} registers {problem}", flush=True)
+            failures += bool(problem)
+    print(f"compile gate: triton {triton.__version__}, {len(todo) - failures} passed, {failures} failed")
+    return failures > 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

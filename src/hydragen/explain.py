@@ -1,0 +1,183 @@
+"""What sharing saves: per segment, whether its queries are batched, and the bytes, FLOPs and time with and without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hydragen.plan import Heads, Queries, find_segments
+from hydragen.target import H200, Target, target_of
+from hydragen.tree import PrefixTree
+from hydragen.validation.explain import check_explain
+
+
+@dataclass(frozen=True)
+class SegmentCost:
+    """Segments of one depth with equal keys and queries.
+
+    Attributes
+    ----------
+    depth : int
+        Nodes above it on its path.
+    count : int
+        How many such segments there are.
+    kv_len : int
+        Keys in each.
+    num_rows, num_tokens : int
+        Sequences, and query tokens, that attend to each.
+    batched : bool
+        Whether queries of several sequences are stacked into one matrix.
+    block_m, num_splits : int
+        Rows of the tile that computes it, and the number of programs its keys are split over.
+    bytes, bytes_unshared : int
+        Keys and values read, all together: once per segment, or once per sequence.
+    flops : int
+        Multiplications and additions, all together; sharing does not change them.
+    seconds, seconds_unshared : float
+        The larger of FLOPs / peak and bytes / bandwidth.
+    bound : str
+        "memory" or "compute": which of the two it is with sharing.
+    """
+
+    depth: int
+    count: int
+    kv_len: int
+    num_rows: int
+    num_tokens: int
+    batched: bool
+    block_m: int
+    num_splits: int
+    bytes: int
+    bytes_unshared: int
+    flops: int
+    seconds: float
+    seconds_unshared: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer to "does sharing pay?"; printing it gives a table.
+
+    Attributes
+    ----------
+    segments : tuple of SegmentCost
+        From the roots to the leaves.
+    seconds, seconds_unshared : float
+        Lower bounds for the whole call: compute and memory traffic overlap perfectly.
+    bytes, bytes_unshared, flops : int
+    """
+
+    segments: tuple[SegmentCost, ...]
+    seconds: float
+    seconds_unshared: float
+    bytes: int
+    bytes_unshared: int
+    flops: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times less time with sharing than without, at best."""
+        return self.seconds_unshared / self.seconds if self.seconds else 1.0
+
+    def __str__(self) -> str:
+        heading = ("depth", "segments", "keys", "rows", "batched", "tile", "splits", "MB", "MB unshared", "us", "bound")
+        lines = [heading]
+        for s in self.segments:
+            batched = "yes" if s.batched else "per row"
+            numbers = (f"{s.bytes / 1e6:,.2f}", f"{s.bytes_unshared / 1e6:,.2f}", f"{s.seconds * 1e6:,.1f}")
+            lines.append(
+                (str(s.depth), f"{s.count:,}", f"{s.kv_len:,}", f"{s.num_rows:,}", batched, str(s.block_m))
+                + (str(s.num_splits), *numbers, s.bound)
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+        table = "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+        return (
+            f"{table}\nat best {self.seconds * 1e6:,.1f} us with sharing, {self.seconds_unshared * 1e6:,.1f} us without "
+            f"({self.speedup:.1f}x); KV {self.bytes / 1e6:,.1f} MB read instead of {self.bytes_unshared / 1e6:,.1f} MB"
+        )
+
+
+def explain(
+    tree: PrefixTree,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    q_len: int = 1,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """Say what attention over a tree costs with and without sharing, without computing it.
+
+    The bound of each segment and of the whole is max(FLOPs / peak, bytes / bandwidth), the roofline; masks are not
+    taken into account.
+
+    Parameters
+    ----------
+    tree : PrefixTree
+        With its lengths (`kv_lens`).
+    num_q_heads, num_kv_heads, head_dim, head_dim_v : int
+        As in `attention`; `head_dim_v` defaults to `head_dim`.
+    dtype : torch.dtype
+        Of q, k and v.
+    q_len : int
+        Query tokens per row.
+    device : optional
+        Whose peak and bandwidth count: a CUDA device of this machine. Default: an H200 (790 TFLOP/s, 4.31 TB/s).
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the tree has no lengths, or arguments are out of range.
+
+    Examples
+    --------
+    >>> tree = PrefixTree.from_levels([[4096], [128] * 64])
+    >>> round(explain(tree, num_q_heads=32, num_kv_heads=8, head_dim=128).speedup, 1)
+    22.0
+    """
+    dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
+    lens = check_explain(tree, num_q_heads, num_kv_heads, *dims, dtype, q_len)
+    target = H200 if device is None else target_of(torch.device(device))
+    heads = Heads(num_q_heads, num_kv_heads, *dims, dtype.itemsize)
+    q_lens = np.full(tree.num_rows, q_len)
+    queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, q_lens)
+    segments, tiles = find_segments(lens, queries, heads, target, batch_invariant=False)
+    num_rows = (tree.row_end - tree.row_begin)[segments.node]
+    columns = np.stack(
+        [tree.depth[segments.node], segments.kv_len, num_rows, segments.num_tok, segments.tile, segments.split_size], 1
+    )
+    kinds, counts = np.unique(columns, axis=0, return_counts=True)
+    costs = []
+    for (depth, kv_len, rows, tokens, tile, size), count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        costs.append(_cost(depth, count, kv_len, rows, tokens, tiles[tile].block_m, -(-kv_len // size), heads, target))
+    flops, shared, unshared = (sum(getattr(c, name) for c in costs) for name in ("flops", "bytes", "bytes_unshared"))
+    return Explanation(
+        tuple(costs), _bound(flops, shared, target)[0], _bound(flops, unshared, target)[0], shared, unshared, flops
+    )
+
+
+def _cost(
+    depth: int, count: int, kv_len: int, rows: int, tokens: int, block_m: int, splits: int, heads: Heads, target: Target
+) -> SegmentCost:
+    dims = heads.head_dim + heads.head_dim_v
+    shared = count * kv_len * heads.num_kv_heads * dims * heads.itemsize
+    flops = 2 * count * kv_len * tokens * heads.num_q_heads * dims
+    seconds, bound = _bound(flops, shared, target)
+    return SegmentCost(
+        depth, count, kv_len, rows, tokens, rows > 1, block_m, splits, shared, shared * rows, flops,
+        seconds, _bound(flops, shared * rows, target)[0], bound,
+    )  # fmt: skip
+
+
+def _bound(flops: int, num_bytes: int, target: Target) -> tuple[float, str]:
+    compute, memory = flops / target.flops, num_bytes / target.bandwidth
+    return max(compute, memory), "compute" if compute > memory else "memory"

@@ -1,0 +1,109 @@
+"""Attention as a registered operator, for torch.compile and torch.export.
+
+A graph holds tensors and numbers, so a PrefixTree travels by its handle and everything on the host as a CPU tensor.
+Plans are made inside the operator, where a compiler does not look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydragen.kv import PackedKV
+from hydragen.tree import PrefixTree
+from hydragen.types import AttentionState
+
+# Set by api.py: the eager implementation, which lies above this floor.
+_eager: Callable[..., AttentionState] | None = None
+
+
+def implement(eager: Callable[..., AttentionState]) -> Callable[..., AttentionState]:
+    """Make `eager` the code behind the operator and return it."""
+    global _eager
+    _eager = eager
+    return eager
+
+
+@torch.library.custom_op("hydragen::attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    sinks: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    kv_lens: Sequence[Tensor | None],
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+    tree: int | None,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
+    backend: str,
+    batch_invariant: bool,
+    validate: bool,
+) -> tuple[Tensor, Tensor]:
+    """`hydragen.attention`, flattened; lse is empty unless `return_lse`."""
+    if _eager is None:
+        raise RuntimeError("hydragen.api must be imported before its operator is called")
+    lens: object = None
+    if len(kv_lens):
+        lens = list(kv_lens) if cu_seqlens_k is None else kv_lens[0]
+    kv = list(zip(k, v, strict=True)) if cu_seqlens_k is None else PackedKV(k[0], v[0], cu_seqlens_k)
+    with torch.no_grad():
+        state = _eager(
+            q, kv, None if tree is None else PrefixTree.of_handle(tree), lens, cu_seqlens_q, max_seqlen_q, scale, causal,
+            window, softcap, sinks, return_lse, backend, batch_invariant, validate,
+        )  # fmt: skip
+    lse = state.lse if return_lse else q.new_empty(0, dtype=_lse_dtype(q))
+    return state.out.contiguous(), lse.contiguous()
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    return_lse = rest[-4]
+    out = q.new_empty((*q.shape[:-1], v[0].shape[-1]))
+    return out, q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=_lse_dtype(q))
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "hydragen.attention has no gradients inside torch.compile or torch.export yet; "
+        "call it outside the compiled region with backend=\"reference\", or under torch.no_grad()"
+    )
+
+
+attention_op.register_autograd(_backward)
+
+
+def attention_in_graph(
+    q: Tensor, kv: Sequence[tuple[Tensor, Tensor]] | PackedKV, tree: PrefixTree | None, kv_lens: Any, cu_seqlens_q: Any,
+    max_seqlen_q: int | None, scale: float | None, causal: bool, window: int | None, softcap: float | None,
+    sinks: Tensor | None, return_lse: bool, backend: str, batch_invariant: bool, validate: bool,
+) -> AttentionState:  # fmt: skip
+    """Call the operator, in a form that torch.compile can trace."""
+    packed = isinstance(kv, PackedKV)
+    k = [kv.k] if isinstance(kv, PackedKV) else [level[0] for level in kv]
+    v = [kv.v] if isinstance(kv, PackedKV) else [level[1] for level in kv]
+    cu_seqlens_k = _host_tensor(kv.cu_seqlens_k) if isinstance(kv, PackedKV) else None
+    lens: list[Tensor | None] = []
+    if kv_lens is not None:
+        lens = [_host_tensor(kv_lens)] if packed else [None if x is None else _host_tensor(x) for x in kv_lens]
+    out, lse = attention_op(
+        q, k, v, sinks, cu_seqlens_k, lens, None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q), max_seqlen_q,
+        None if tree is None else tree.handle, scale, causal, window, softcap, return_lse, backend, batch_invariant,
+        validate,
+    )  # fmt: skip
+    return AttentionState(out, lse)
+
+
+def _host_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.int64)
