@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from torch import Tensor
 
-from hydragen.host_ints import IntArray
+from hydragen.host_ints import IntArray, frozen
 from hydragen.tree import PrefixTree
 
 
@@ -80,15 +80,20 @@ def levels_tree(sizes: tuple[int, ...], num_rows: int) -> PrefixTree:
 
 def node_kv_of_levels(levels: Sequence[tuple[Tensor, Tensor]], tree: PrefixTree) -> NodeKV:
     """Place each node: level = its depth, slot = its place among the nodes of that depth."""
-    level = tree.depth
-    slot = np.empty_like(level)
+    ks, vs = tuple([k for k, _ in levels]), tuple([v for _, v in levels])
+    slot, capacity = _places(tree, tuple([k.shape[1] for k in ks]))
+    return NodeKV(
+        ks, vs, tuple(map(_strides, ks)), tuple(map(_strides, vs)), tree.depth, slot, capacity, packed=False
+    )
+
+
+@lru_cache(maxsize=64)
+def _places(tree: PrefixTree, lengths: tuple[int, ...]) -> tuple[IntArray, IntArray]:
+    """Return each node's slot and capacity in levels that hold `lengths` tokens per node."""
+    slot = np.empty_like(tree.depth)
     for nodes in tree.level_nodes:
         slot[nodes] = np.arange(nodes.size)
-    lengths = np.array([k.shape[1] for k, _ in levels], dtype=np.int64)
-    ks, vs = tuple(k for k, _ in levels), tuple(v for _, v in levels)
-    return NodeKV(
-        ks, vs, tuple(map(_strides, ks)), tuple(map(_strides, vs)), level, slot, lengths[level], packed=False
-    )
+    return frozen(slot), frozen(np.array(lengths, dtype=np.int64)[tree.depth])
 
 
 def node_kv_of_packed(k: Tensor, v: Tensor, cu_seqlens_k: IntArray) -> NodeKV:

@@ -1,9 +1,10 @@
-"""How many tokens each node holds: lengths on the host, which are checked, or on the device, which never are read."""
+"""How many tokens each node holds: on the host, and then checked, or on the device, and then never read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,101 +21,117 @@ class KVLens:
 
     Attributes
     ----------
-    host : int64 [num_nodes] or None
-        Known lengths; None if any of them lives on the device.
-    parts : (nodes, lengths) pairs
-        Where `host` is None: lengths of these nodes, a tensor on q's device or an int64 array.
+    planned : int64 [num_nodes]
+        Length of each node; of nodes whose length lives on the device, the capacity.
+    on_device : (nodes, lengths) pairs
+        int64 indices of nodes, and their lengths: an int32 or int64 tensor on q's device.
     """
 
-    host: IntArray | None
-    parts: tuple[tuple[IntArray, Tensor | IntArray], ...] = ()
+    planned: IntArray
+    on_device: tuple[tuple[IntArray, Tensor], ...] = ()
 
-    def on(self, device: torch.device, capacity: IntArray) -> Tensor:
-        """Return all lengths, int32 [num_nodes] on `device`, clamped to 0 and the capacity; does not wait for it."""
-        limits = torch.from_numpy(capacity).to(torch.int32)
-        if self.host is not None:
-            return torch.from_numpy(self.host).to(torch.int32).to(device, non_blocking=True)
-        lens = limits.to(device, non_blocking=True)
-        limits_there = lens
-        for nodes, part in self.parts:
-            given = part if isinstance(part, Tensor) else torch.from_numpy(part)
-            given = given.to(device=device, dtype=torch.int32, non_blocking=True)
-            if nodes.size == capacity.size:
-                lens = given
-            else:
-                where = torch.from_numpy(nodes).to(device, non_blocking=True)
-                lens = lens.index_copy(0, where, given)
-        return torch.minimum(lens.clamp(min=0), limits_there)
+    def clamped(self, planned: Tensor, uploads: dict[Any, Any]) -> Tensor:
+        """Return all lengths, int32 [num_nodes], those on the device clamped to 0 and the capacity.
+
+        Parameters
+        ----------
+        planned : int32 [num_nodes]
+            `self.planned` on q's device.
+        uploads : dict
+            Keeps indices on the device from call to call.
+        """
+        lens = planned.clone()
+        for nodes, given in self.on_device:
+            first, end = int(nodes[0]), int(nodes[-1]) + 1
+            if end - first == nodes.size:
+                part = lens[first:end]
+                torch.minimum(given.clamp(min=0), part, out=part)
+                continue
+            # a level whose nodes are numbered here and there
+            index = uploads.get(("nodes", first, end, lens.device))
+            if index is None:
+                index = torch.from_numpy(nodes.copy()).to(lens.device)
+                uploads["nodes", first, end, lens.device] = index
+            lens.index_copy_(0, index, torch.minimum(given.clamp(min=0), lens[index]).to(torch.int32))
+        return lens
 
 
 def check_kv_lens(
     kv_lens: object, tree: PrefixTree, nodes: NodeKV, device: torch.device, validate: bool
 ) -> KVLens:
-    """Check `kv_lens` against the nodes' capacities; without it the tree's lengths count, else the capacities."""
-    everything = np.arange(tree.num_nodes)
+    """Check `kv_lens` against the nodes' capacities; None: the tree's lengths, or else the capacities."""
     if kv_lens is None:
         if tree.kv_lens is None:
             return KVLens(nodes.capacity)
-        _check_host(tree.kv_lens, everything, nodes, "tree.kv_lens")
+        _check_host(tree.kv_lens, nodes.capacity, "tree.kv_lens")
         return KVLens(tree.kv_lens)
     if nodes.packed:
-        given = [(everything, kv_lens, "kv_lens")]
+        given = [(np.arange(tree.num_nodes), kv_lens, "kv_lens")]
     else:
         given = _by_level(kv_lens, tree, nodes)
-    parts: list[tuple[IntArray, Tensor | IntArray]] = []
+    planned = nodes.capacity.copy()
+    on_device = []
     for indices, lens, name in given:
+        capacity = nodes.capacity[indices]
         if isinstance(lens, Tensor) and lens.device.type != "cpu":
-            parts.append((indices, _check_device(lens, indices, nodes, name, device, validate)))
+            _check_device(lens, capacity, name, device, validate)
+            if indices.size:
+                on_device.append((indices, lens))
         else:
             array = as_int_vector(lens, name)
-            _check_host(array, indices, nodes, name)
-            parts.append((indices, array))
-    if any(isinstance(lens, Tensor) for _, lens in parts):
-        return KVLens(None, tuple(parts))
-    host = nodes.capacity.copy()
-    for indices, lens in parts:
-        host[indices] = lens
-    return KVLens(host)
+            _check_host(array, capacity, name)
+            planned[indices] = array
+    return KVLens(planned, tuple(on_device))
 
 
 def _by_level(kv_lens: object, tree: PrefixTree, nodes: NodeKV) -> list[tuple[IntArray, object, str]]:
     num_levels = len(nodes.k)
-    if isinstance(kv_lens, Tensor) or not isinstance(kv_lens, Sequence) or len(kv_lens) != num_levels:
-        count = f" of {len(kv_lens)} entries" if isinstance(kv_lens, Sequence) else ""
-        raise ValueError(
-            f"kv_lens must be a list with one entry per level of kv, {num_levels}, each None or one length per node, "
-            f"got {type(kv_lens).__name__}{count}; pass for example [None, suffix_lens]"
-        )
+    expected = f"kv_lens must be a list with one entry per level of kv, {num_levels}"
+    remedy = "an entry is None (all tokens) or one length per node, for example [None, suffix_lens]"
+    if isinstance(kv_lens, str) or not isinstance(kv_lens, Sequence):
+        raise TypeError(f"{expected}, got {type(kv_lens).__name__}; {remedy}")
+    if len(kv_lens) != num_levels:
+        raise ValueError(f"{expected}, got {len(kv_lens)} entries; {remedy}")
     levels = tree.level_nodes
-    return [(levels[i], lens, f"kv_lens[{i}]") for i, lens in enumerate(kv_lens) if lens is not None and i < len(levels)]
+    nobody = np.zeros(0, np.int64)  # levels below the tree have no nodes
+    return [
+        (levels[i] if i < len(levels) else nobody, lens, f"kv_lens[{i}]")
+        for i, lens in enumerate(kv_lens)
+        if lens is not None
+    ]
 
 
-def _check_host(lens: IntArray, indices: IntArray, nodes: NodeKV, name: str) -> None:
-    if lens.size != indices.size:
-        raise ValueError(f"{name} must have one length per node, {indices.size}, got {lens.size}; empty nodes count too")
-    if lens.size and lens.min() < 0:
-        at = int(lens.argmin())
-        raise ValueError(f"{name} must not be negative, got {lens[at]} at index {at}; an empty node has length 0")
-    capacity = nodes.capacity[indices]
-    if (lens > capacity).any():
-        at = int(np.flatnonzero(lens > capacity)[0])
+def _check_host(lens: IntArray, capacity: IntArray, name: str) -> None:
+    if lens.size != capacity.size:
         raise ValueError(
-            f"{name} must not exceed the tokens that kv holds for each node, got {lens[at]} at index {at} where kv has "
-            f"{capacity[at]}; shorten it or pass more KV"
+            f"{name} must have one length per node, {capacity.size}, got {lens.size}; empty nodes count too"
         )
+    if not lens.size or (lens.min() >= 0 and (lens <= capacity).all()):
+        return
+    at = int(lens.argmin())
+    if lens[at] < 0:
+        raise ValueError(
+            f"{name} must not be negative, got {lens[at]} at index {at}; an empty node has length 0"
+        )
+    at = int((lens > capacity).argmax())
+    raise ValueError(
+        f"{name} must not exceed the tokens that kv holds for each node, got {lens[at]} at index {at} "
+        f"where kv has {capacity[at]}; shorten it or pass more KV"
+    )
 
 
-def _check_device(
-    lens: Tensor, indices: IntArray, nodes: NodeKV, name: str, device: torch.device, validate: bool
-) -> Tensor:
+def _check_device(lens: Tensor, capacity: IntArray, name: str, device: torch.device, validate: bool) -> None:
     if lens.device != device:
         raise ValueError(
-            f"{name} must be on the host or on the device of q, {device}, got {lens.device}; move it with .to(device)"
+            f"{name} must be on the host or on the device of q, {device}, got {lens.device}; "
+            "move it with .to(device)"
         )
     if lens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {lens.dtype}; convert it with .int()")
-    if lens.shape != (indices.size,):
-        raise ValueError(f"{name} must have shape [{indices.size}], one length per node, got {list(lens.shape)}; reshape it")
+    if lens.shape != capacity.shape:
+        raise ValueError(
+            f"{name} must have shape [{capacity.size}], one length per node, got {list(lens.shape)}; "
+            "empty nodes count too"
+        )
     if validate:
-        _check_host(as_int_vector(lens.cpu(), name), indices, nodes, name)
-    return lens
+        _check_host(as_int_vector(lens.cpu(), name), capacity, name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from hydragen_reference import decomposed
 from torch import Tensor
 
 from hydragen.types import AttentionState
+from hydragen_reference import decomposed
 
 
 def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> AttentionState:
@@ -20,8 +20,8 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
     Parameters
     ----------
     states : sequence of AttentionState, or of pairs (out, lse)
-        `out` [..., num_heads, head_dim_v], any floating dtype; `lse` [..., num_heads], natural log, float32 or
-        float64. All of the same shapes, `out` of one dtype, on one device. Sinks belong to one state only.
+        `out` [..., num_heads, head_dim_v], any floating dtype; `lse` [..., num_heads], natural log, float32
+        or float64. All of the same shapes, `out` of one dtype, on one device. Sinks belong to one state only.
 
     Returns
     -------
@@ -53,21 +53,24 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
             if mine.shape != first.shape or mine.dtype != first.dtype or mine.device != first.device:
                 raise ValueError(
                     f"{name} must match states[0], {list(first.shape)} {first.dtype} on {first.device}, got "
-                    f"{list(mine.shape)} {mine.dtype} on {mine.device}; give all states one shape, dtype and device"
+                    f"{list(mine.shape)} {mine.dtype} on {mine.device}; "
+                    "give all states one shape, dtype and device"
                 )
     wide = torch.float64 if torch.float64 in (out.dtype, lse.dtype) else torch.float32
-    merged = decomposed.merge_states([decomposed.State(o.to(wide), l.to(wide)) for o, l in checked])
+    merged = decomposed.merge_states([decomposed.State(*(x.to(wide) for x in state)) for state in checked])
     return AttentionState(merged.out.to(out.dtype), merged.lse.to(lse.dtype))
 
 
 def _checked(state: object, name: str) -> tuple[Tensor, Tensor]:
     if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) for x in state):
-        raise TypeError(f"{name} must be an AttentionState (out, lse) of tensors, got {type(state).__name__}; pass both")
+        raise TypeError(
+            f"{name} must be an AttentionState (out, lse) of tensors, got {type(state).__name__}; pass both"
+        )
     out, lse = state
     if not out.is_floating_point() or lse.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{name} must have a floating-point out and a float32 or float64 lse, got {out.dtype} and {lse.dtype}; "
-            "convert them with .to(dtype)"
+            f"{name} must have a floating-point out and a float32 or float64 lse, got {out.dtype} and "
+            f"{lse.dtype}; convert them with .to(dtype)"
         )
     if out.dim() < 1 or lse.shape != out.shape[:-1]:
         raise ValueError(

@@ -225,9 +225,9 @@ class Plan:
     heads : Heads
     queries : Queries
     kv_lens : int64 [num_nodes]
-        Keys in each node; capacities if `lens_on_device`.
+        Keys in each node; of nodes whose length lives on the device, the capacity.
     lens_on_device : bool
-        The actual lengths come with every run and are clamped to `kv_lens`.
+        Some lengths come with every run, on the device, and are clamped to `kv_lens`.
     work : Work
     target : Target
     uploads : dict
@@ -247,16 +247,16 @@ class Plan:
 def make_plan(
     tree: PrefixTree,
     nodes: NodeKV,
-    kv_lens: IntArray | None,
+    kv_lens: IntArray,
+    lens_on_device: bool,
     q_starts: IntArray,
     q_lens: IntArray,
     heads: Heads,
     target: Target,
     batch_invariant: bool,
 ) -> Plan:
-    """Plan one attention call; `kv_lens` None means lengths on the device, for which capacities stand in."""
+    """Plan one attention call; capacities stand in for lengths that live on the device."""
     queries = Queries.of(tree, q_starts, q_lens)
-    planned = nodes.capacity if kv_lens is None else kv_lens
-    segments, tiles = find_segments(planned, queries, heads, target, batch_invariant)
+    segments, tiles = find_segments(kv_lens, queries, heads, target, batch_invariant)
     work = lay_out_work(nodes, queries, segments, tiles, heads)
-    return Plan(tree, heads, queries, planned, kv_lens is None, work, target)
+    return Plan(tree, heads, queries, kv_lens, lens_on_device, work, target)

@@ -39,8 +39,8 @@ def locate(plan: Plan, call: Call) -> Tokens:
     """Return the tensors that this call needs; nothing waits for the device."""
     device = call.q.device
     masked = needs_positions(call)
-    kv_lens = call.kv_lens.on(device, plan.kv_lens) if plan.lens_on_device else None
     constants = _constants(plan, device)
+    kv_lens = call.kv_lens.clamped(constants.planned_lens, plan.uploads) if plan.lens_on_device else None
     if call.cu_seqlens_q is None and (kv_lens is None or not masked):
         pos, start = _host_positions(plan, device) if masked else (None, None)
         return Tokens(constants.token, pos, start, kv_lens)

@@ -1,0 +1,161 @@
+"""Checks of keys and values: levels or packed, against the queries and the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from torch import Tensor
+
+from hydragen.kv import NodeKV, PackedKV, levels_tree, node_kv_of_levels, node_kv_of_packed
+from hydragen.plan import Heads
+from hydragen.tree import PrefixTree
+from hydragen.validation.queries import check_cu_seqlens
+from hydragen.validation.tensors import check_tensor, kind
+
+MAX_HEAD_DIM = 256
+_Shapes = tuple[tuple[int, ...], ...]
+
+
+def check_kv(kv: object, tree: object, num_rows: int, q: Tensor) -> tuple[PrefixTree, NodeKV, Heads]:
+    """Return the tree, where its nodes' keys and values lie, and the heads; `q` has been checked."""
+    if tree is not None and not isinstance(tree, PrefixTree):
+        raise TypeError(
+            f"tree must be a hydragen.PrefixTree or None, got {kind(tree)}; make one with "
+            "PrefixTree.from_parents, from_levels or from_token_ids"
+        )
+    if isinstance(kv, PackedKV):
+        tree, nodes = _check_packed(kv, tree, num_rows, q)
+    else:
+        tree, nodes = _check_levels(kv, tree, num_rows, q)
+    if tree.num_rows != num_rows:
+        raise ValueError(
+            f"tree must end one row per sequence of q, {num_rows}, got a tree of {tree.num_rows} rows; "
+            "pass row_to_node when making the tree (by default one row ends at each leaf)"
+        )
+    return tree, nodes, _heads(q.shape, nodes.k[0].shape, nodes.v[0].shape, q.element_size())
+
+
+def _check_levels(kv: object, tree: PrefixTree | None, num_rows: int, q: Tensor) -> tuple[PrefixTree, NodeKV]:
+    if isinstance(kv, str) or not isinstance(kv, Sequence):
+        raise TypeError(
+            f"kv must be a list of levels [(k, v), ...] or a hydragen.PackedKV, got {kind(kv)}; "
+            "for one shared prefix pass [(prefix_k, prefix_v), (suffix_k, suffix_v)]"
+        )
+    if not kv:
+        raise ValueError(
+            "kv must have at least one level, got an empty list; rows without keys have a level of length 0"
+        )
+    levels = []
+    for i, level in enumerate(kv):
+        if isinstance(level, str) or not isinstance(level, Sequence) or len(level) != 2:
+            count = f" of {len(level)}" if isinstance(level, Sequence) else ""
+            raise TypeError(
+                f"kv[{i}] must be a pair (k, v), got {kind(level)}{count}; "
+                "pass [(k, v), ...], one pair per level"
+            )
+        levels.append((check_tensor(level[0], f"kv[{i}] k", q), check_tensor(level[1], f"kv[{i}] v", q)))
+    k_shapes = tuple([tuple(k.shape) for k, _ in levels])
+    v_shapes = tuple([tuple(v.shape) for _, v in levels])
+    tree = _tree_of_levels(k_shapes, v_shapes, tree, num_rows)
+    return tree, node_kv_of_levels(levels, tree)
+
+
+@lru_cache(maxsize=64)
+def _tree_of_levels(
+    k_shapes: _Shapes, v_shapes: _Shapes, tree: PrefixTree | None, num_rows: int
+) -> PrefixTree:
+    """Check the levels' shapes against one another and the tree; return it, or the one that they mean."""
+    for i, (k_shape, v_shape) in enumerate(zip(k_shapes, v_shapes, strict=True)):
+        if len(k_shape) != 4 or len(v_shape) != 4:
+            raise ValueError(
+                f"kv[{i}] must hold k [nodes, len, num_kv_heads, head_dim] and v [nodes, len, num_kv_heads, "
+                f"head_dim_v], got {list(k_shape)} and {list(v_shape)}; "
+                "packed tensors go into a hydragen.PackedKV"
+            )
+        if k_shape[:3] != v_shape[:3]:
+            raise ValueError(
+                f"kv[{i}] must have k and v with the same nodes, len and num_kv_heads, got {list(k_shape)} "
+                f"and {list(v_shape)}; only the last size may differ"
+            )
+        for name, shape, first in (("k", k_shape, k_shapes[0]), ("v", v_shape, v_shapes[0])):
+            if shape[2:] != first[2:]:
+                raise ValueError(
+                    f"kv[{i}] {name} must have the heads of kv[0] {name}, {first[2]} of {first[3]} elements, "
+                    f"got {shape[2]} of {shape[3]}; give all levels the same heads"
+                )
+    sizes = tuple(shape[0] for shape in k_shapes)
+    if tree is None:
+        _check_equal_groups(sizes, num_rows)
+        return levels_tree(sizes, num_rows)
+    found = tuple(nodes.size for nodes in tree.level_nodes)
+    if found != sizes[: len(found)] or any(sizes[len(found) :]):
+        raise ValueError(
+            "kv must have one level per depth of the tree, with one entry per node of that depth, "
+            f"{list(found)}, got levels of {list(sizes)} nodes; "
+            "order a level's nodes by their index in the tree"
+        )
+    return tree
+
+
+def _check_equal_groups(sizes: tuple[int, ...], num_rows: int) -> None:
+    for i, (above, below) in enumerate(zip(sizes, (*sizes[1:], num_rows), strict=True)):
+        if below % above != 0 if above > 0 else below > 0:
+            last = i + 1 == len(sizes)
+            raise ValueError(
+                "kv must have levels whose numbers of nodes divide one another and the batch of q, got "
+                f"{above} nodes in kv[{i}] for {below} {'rows of q' if last else f'in kv[{i + 1}]'}; "
+                "pass tree= for uneven groups"
+            )
+
+
+def _check_packed(
+    kv: PackedKV, tree: PrefixTree | None, num_rows: int, q: Tensor
+) -> tuple[PrefixTree, NodeKV]:
+    k, v = check_tensor(kv.k, "kv.k", q), check_tensor(kv.v, "kv.v", q)
+    if k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            "kv.k must be [total_k, num_kv_heads, head_dim] and kv.v [total_k, num_kv_heads, head_dim_v], "
+            f"got {list(k.shape)} and {list(v.shape)}; padded tensors go into a list of levels"
+        )
+    if k.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            f"kv.k and kv.v must have the same total_k and num_kv_heads, got {list(k.shape)} and "
+            f"{list(v.shape)}; only the last size may differ"
+        )
+    cu = check_cu_seqlens(kv.cu_seqlens_k, "kv.cu_seqlens_k", k.shape[0], "kv.k")
+    num_nodes = cu.size - 1
+    if tree is None:
+        if num_nodes != num_rows:
+            raise ValueError(
+                f"tree must be given unless every row has a node of its own, got {num_nodes} nodes in "
+                f"kv.cu_seqlens_k for {num_rows} rows of q; pass tree=PrefixTree.from_parents(...)"
+            )
+        tree = levels_tree((num_rows,), num_rows)
+    elif tree.num_nodes != num_nodes:
+        raise ValueError(
+            f"kv.cu_seqlens_k must have one offset per node of the tree and the end, {tree.num_nodes} + 1, "
+            f"got {cu.size}; empty nodes count too"
+        )
+    return tree, node_kv_of_packed(k, v, cu)
+
+
+@lru_cache(maxsize=64)
+def _heads(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], v_shape: tuple[int, ...], itemsize: int
+) -> Heads:
+    (num_q_heads, head_dim), (num_kv_heads, k_dim), head_dim_v = q_shape[-2:], k_shape[-2:], v_shape[-1]
+    if k_dim != head_dim:
+        raise ValueError(
+            f"kv must have keys with the head_dim of q, {head_dim}, got {k_dim}; their last sizes must agree"
+        )
+    for name, dim in (("q must have head_dim", head_dim), ("kv must have head_dim_v", head_dim_v)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} from 1 to {MAX_HEAD_DIM}, got {dim}; other sizes are not supported")
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads != 0:
+        raise ValueError(
+            "q must have a positive multiple of kv's num_kv_heads as num_q_heads, got "
+            f"{num_q_heads} query heads for {num_kv_heads} KV heads; "
+            "repeat or drop heads so that every KV head serves equally many query heads"
+        )
+    return Heads(num_q_heads, num_kv_heads, head_dim, head_dim_v, itemsize)

@@ -1,0 +1,143 @@
+"""Checks of the queries: a batch of equal rows, or packed rows with offsets on the host or on the device."""
+
+from __future__ import annotations
+
+import numbers
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydragen.host_ints import IntArray, as_int_vector, frozen
+from hydragen.validation.tensors import shown
+
+
+class Rows(NamedTuple):
+    """Where each row's query tokens are.
+
+    Attributes
+    ----------
+    starts, lens : int64 [num_rows]
+        First token (in q flattened over tokens) and number of tokens of each row; capacities if
+        `cu_seqlens_q` is set.
+    cu_seqlens_q : integer tensor [num_rows + 1] or None
+        Set only if the query lengths live on the device.
+    """
+
+    starts: IntArray
+    lens: IntArray
+    cu_seqlens_q: Tensor | None
+
+
+def check_queries(q: Tensor, cu_seqlens_q: object, max_seqlen_q: object, validate: bool) -> Rows:
+    """Return where the rows of `q` begin and how long they are; `q` is known to be a tensor."""
+    if cu_seqlens_q is None:
+        if max_seqlen_q is not None:
+            raise ValueError(
+                f"max_seqlen_q must come with cu_seqlens_q, got {shown(max_seqlen_q)} alone; leave it out"
+            )
+        if q.dim() != 4:
+            raise ValueError(
+                f"q must have shape [batch, q_len, num_q_heads, head_dim], got {list(q.shape)}; "
+                "packed q [total_q, num_q_heads, head_dim] needs cu_seqlens_q"
+            )
+        batch, q_len = q.shape[:2]
+        if q_len < 1:
+            raise ValueError(
+                f"q must have at least one query per row, got shape {list(q.shape)} with q_len 0; "
+                "rows without queries can be packed, with cu_seqlens_q"
+            )
+        return _equal_rows(batch, q_len)
+    if q.dim() != 3:
+        raise ValueError(
+            "q must have shape [total_q, num_q_heads, head_dim] when cu_seqlens_q is given, got "
+            f"{list(q.shape)}; leave cu_seqlens_q out for [batch, q_len, num_q_heads, head_dim]"
+        )
+    if isinstance(cu_seqlens_q, Tensor) and cu_seqlens_q.device.type != "cpu":
+        return _check_device_offsets(q, cu_seqlens_q, max_seqlen_q, validate)
+    cu = check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "q")
+    lens = np.diff(cu)
+    if max_seqlen_q is not None:
+        _check_max(_as_max(max_seqlen_q), lens)
+    return Rows(cu[:-1], lens, None)
+
+
+def check_cu_seqlens(value: object, name: str, total: int, of: str) -> IntArray:
+    """Return offsets on the host as int64: from 0, never decreasing, up to the `total` tokens of `of`."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be on the host (plans are made from it), got device {value.device}; "
+            "copy it with .cpu(), and give lengths that change on the device as kv_lens"
+        )
+    cu = as_int_vector(value, name).copy()
+    if cu.size < 1 or cu[0] != 0:
+        raise ValueError(
+            f"{name} must begin with 0, got {cu[:4].tolist()}; give the offset of each entry, and the end"
+        )
+    steps = np.diff(cu)
+    if steps.size and steps.min() < 0:
+        at = int(steps.argmin())
+        raise ValueError(
+            f"{name} must not decrease, got {cu[at]} then {cu[at + 1]} at index {at + 1}; "
+            "give cumulative offsets"
+        )
+    if cu[-1] != total:
+        raise ValueError(
+            f"{name} must end with the number of tokens in {of}, {total}, got {cu[-1]}; "
+            "cut the tensor or correct the offsets"
+        )
+    return frozen(cu)
+
+
+@lru_cache(maxsize=64)
+def _equal_rows(batch: int, q_len: int) -> Rows:
+    return Rows(frozen(np.arange(batch) * q_len), frozen(np.full(batch, q_len)), None)
+
+
+def _check_device_offsets(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: object, validate: bool) -> Rows:
+    if cu_seqlens_q.device != q.device:
+        raise ValueError(
+            f"cu_seqlens_q must be on the host or on the device of q, {q.device}, got {cu_seqlens_q.device}; "
+            "move it with .to(device)"
+        )
+    if cu_seqlens_q.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"cu_seqlens_q must be int32 or int64, got {cu_seqlens_q.dtype}; convert it with .int()"
+        )
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.numel() < 1:
+        raise ValueError(
+            "cu_seqlens_q must be a vector of num_rows + 1 offsets, got shape "
+            f"{list(cu_seqlens_q.shape)}; give the offset of each row, and the end"
+        )
+    if max_seqlen_q is None:
+        raise ValueError(
+            "max_seqlen_q must be given when cu_seqlens_q lives on a device (it is not read back), got None; "
+            "pass the most query tokens that any row can have"
+        )
+    longest = _as_max(max_seqlen_q)
+    if validate:
+        cu = check_cu_seqlens(cu_seqlens_q.cpu(), "cu_seqlens_q", q.shape[0], "q")
+        _check_max(longest, np.diff(cu))
+    # Rows of equal capacity; which tokens they hold is computed on the device.
+    equal = _equal_rows(cu_seqlens_q.numel() - 1, longest)
+    return Rows(equal.starts, equal.lens, cu_seqlens_q)
+
+
+def _as_max(max_seqlen_q: object) -> int:
+    expected = "max_seqlen_q must be None or an integer of at least 0"
+    if isinstance(max_seqlen_q, bool) or not isinstance(max_seqlen_q, numbers.Integral):
+        raise TypeError(f"{expected}, got {shown(max_seqlen_q)}; pass the query tokens of the longest row")
+    if max_seqlen_q < 0:
+        raise ValueError(f"{expected}, got {max_seqlen_q}; pass the query tokens of the longest row")
+    return int(max_seqlen_q)
+
+
+def _check_max(max_seqlen_q: int, lens: IntArray) -> None:
+    longest = int(lens.max(initial=0))
+    if longest > max_seqlen_q:
+        raise ValueError(
+            f"max_seqlen_q must be at least the query tokens of the longest row, {longest}, "
+            f"got {max_seqlen_q}; raise it"
+        )
