@@ -1,0 +1,83 @@
+"""Where tests run, and poison: memory that nobody has written is NaN.
+
+`pytest tests` runs the reference; `TRITON_INTERPRET=1 pytest tests -m triton` runs the Triton path in Triton's
+interpreter. On a GPU one run has both, compiled and on the GPU.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+HERE = Path(__file__).resolve().parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here, by marker."""
+    for item in items:
+        if not item.path.is_relative_to(HERE):
+            continue
+        if item.get_closest_marker("gpu") and not CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        elif item.get_closest_marker("triton"):
+            if importlib.util.find_spec("triton") is None:
+                item.add_marker(pytest.mark.skip(reason="triton is not installed"))
+            elif not (INTERPRETED or CUDA):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.triton)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    name = request.param
+    assert isinstance(name, str)
+    return name
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU if there is one, the CPU otherwise and for the interpreter."""
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and its relatives return: NaN, or the largest integer. Not where time counts."""
+    if "bench" in request.path.relative_to(HERE).parts:
+        return
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: object, **kwargs: object) -> Tensor:
+            fresh = allocate(*args, **kwargs)
+            if fresh.is_meta or torch.compiler.is_compiling():
+                return fresh
+            with torch.no_grad():
+                if fresh.is_floating_point():
+                    fresh.fill_(torch.nan)
+                elif fresh.dtype in (torch.int32, torch.int64):
+                    fresh.fill_(torch.iinfo(fresh.dtype).max)
+            return fresh
+
+        return wrapper
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def unchanged_random_state() -> Iterator[None]:
+    """Tests that seed torch do not seed one another."""
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
