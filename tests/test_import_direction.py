@@ -17,6 +17,7 @@ FLOORS: list[set[str]] = [
     {"demo", "transformers"},
     {"__init__"},
     {"api"},
+    {"ops"},
     {"backends"},
     {"explain"},
     {"validation"},

@@ -50,7 +50,7 @@ def test_packages_are_typed(package: str) -> None:
 @pytest.mark.parametrize("module", ["triton", "matplotlib", "transformers", "hypothesis", "pytest", "tqdm"])
 def test_importing_hydragen_does_not_import(module: str) -> None:
     # torch may import some of them itself; that is not ours to change.
-    code = f"import sys, torch; before = {module!r} in sys.modules; import hydragen; \
+    code = f"import sys, torch; before = {module!r} in sys.modules; import hydragen, hydragen.testing; \
 sys.exit({module!r} in sys.modules and not before)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
