@@ -1,6 +1,6 @@
 """Where tests run, and poison: memory that nobody has written is NaN.
 
-`pytest tests` runs the reference; `TRITON_INTERPRET=1 pytest tests -m triton` runs the Triton path in Triton's
+`pytest tests` runs the reference; `TRITON_INTERPRET=1 pytest tests -m triton` the Triton path in Triton's
 interpreter. On a GPU one run has both, compiled and on the GPU.
 """
 

@@ -23,18 +23,18 @@ def attend(
     """Return `out` and `lse` as [total_q, ...]; `arguments` replace what the problem says."""
     given = (problem.tensors() if inputs is None else inputs).to(device)
     seen = view(problem, given, layout, spare=spare, memory=memory)
-    call = dict(
-        tree=seen.tree,
-        kv_lens=seen.kv_lens,
-        cu_seqlens_q=seen.cu_seqlens_q,
-        scale=problem.scale,
-        causal=problem.causal,
-        window=problem.window,
-        softcap=problem.softcap,
-        sinks=given.sinks,
-        return_lse=True,
-        backend=backend,
-    )
+    call = {
+        "tree": seen.tree,
+        "kv_lens": seen.kv_lens,
+        "cu_seqlens_q": seen.cu_seqlens_q,
+        "scale": problem.scale,
+        "causal": problem.causal,
+        "window": problem.window,
+        "softcap": problem.softcap,
+        "sinks": given.sinks,
+        "return_lse": True,
+        "backend": backend,
+    }
     state = hydragen.attention(seen.q, seen.kv, **{**call, **arguments})
     return seen.packed(state.out), seen.packed(state.lse)
 

@@ -29,7 +29,7 @@ def check_tensor(x: object, name: str, like: Tensor | None = None) -> Tensor:
         If it holds no data or lives elsewhere.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}; convert it with torch.as_tensor")
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}; make one with torch.as_tensor")
     if x.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, got a nested one; pad it with .to_padded_tensor, or pack it: "
@@ -71,6 +71,6 @@ def kind(x: object) -> str:
 
 def shown(x: object) -> str:
     """Return `x`, shortened, and its type; of tensors and arrays dtype and shape."""
-    if hasattr(x, "dtype") and hasattr(x, "shape"):
+    if getattr(x, "ndim", 0) and hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{kind(x)} {x.dtype} {list(x.shape)}"
     return kind(x) if x is None else f"{reprlib.repr(x)} of type {kind(x)}"
