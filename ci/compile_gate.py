@@ -54,7 +54,9 @@ class Case:
 
     def __str__(self) -> str:
         tile = self.tile
-        shape = "merge" if tile is None else f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
+        shape = (
+            "merge" if tile is None else f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
+        )
         return f"sm_{self.arch} {self.dtype} head_dim {self.head_dim} {shape} {self.variant}"
 
 
@@ -75,22 +77,30 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
 def compile_case(case: Case) -> Any:
     """Compile one case as the launcher would for typical arguments: 16-byte aligned, strides divisible by 16."""
     if case.tile is None:
-        flags: dict[str, Any] = {"GATHER_Q": True, "HAS_SINKS": True, "HAS_LSE": True, "INTERPRET": False}
+        flags: dict[str, Any] = {
+            "GATHER_Q": True,
+            "HAS_SINKS": True,
+            "HAS_LSE": True,
+            "PDL": case.arch >= 90,
+            "INTERPRET": False,
+        }
         constants = flags | {
-            "HEAD_DIM_V": case.head_dim, "BLOCK_H": MERGE_HEADS, "BLOCK_DV": padded(case.head_dim), "UNROLL": MERGE_UNROLL,
+            "HEAD_DIM_V": case.head_dim, "BLOCK_H": MERGE_HEADS, "BLOCK_DV": padded(case.head_dim, 2), "UNROLL": MERGE_UNROLL,
         }  # fmt: skip
         types: dict[str, Any] = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
         return _compile(merge, constants, types, case.arch, 4, 3, None)
     tile = case.tile
     variant = VARIANTS[case.variant]
+    itemsize = 4 if case.dtype == "fp32" else 2
     head_dim = case.head_dim - 8 if variant.get("PADDED") else case.head_dim
     on = {name: variant.get(name, False) for name in (
         "GATHER_Q", "HAS_LENS", "HAS_SINKS", "HAS_LSE", "FINAL", "CAUSAL", "WINDOW", "SOFTCAP",
     )}  # fmt: skip
     constants = on | {
         "q_len": 1, "stride_qd": 1, "GROUP_SIZE": GROUP_SIZE, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(head_dim),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": padded(head_dim, itemsize), "BLOCK_DV": padded(head_dim, itemsize),
         "CONTIGUOUS": not variant.get("STRIDED"), "NUM_KV_HEADS": NUM_KV_HEADS, "HEADS_FIRST": tile.block_m <= 16,
+        "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 else 1, "PDL": case.arch >= 90,
         "FOLD_SCALE": variant.get("FOLD_SCALE", True), "NUM_STAGES": tile.num_stages, "LOOP_TAIL": tile.loop_tail,
         "INTERPRET": False,
     }  # fmt: skip
@@ -101,11 +111,19 @@ def compile_case(case: Case) -> Any:
         for axis in "nth":
             types[f"strides_{side}{axis}"] = ("i32",) * NUM_LEVELS
         types[f"strides_{side}d"] = ("constexpr",) * NUM_LEVELS
-    return _compile(attend, constants, types, case.arch, tile.num_warps, tile.num_stages, tile.max_registers)
+    return _compile(
+        attend, constants, types, case.arch, tile.num_warps, tile.num_stages, tile.max_registers(not variant)
+    )
 
 
 def _compile(
-    kernel: Any, constants: dict[str, Any], types: dict[str, Any], arch: int, warps: int, stages: int, registers: int | None
+    kernel: Any,
+    constants: dict[str, Any],
+    types: dict[str, Any],
+    arch: int,
+    warps: int,
+    stages: int,
+    registers: int | None,
 ) -> Any:
     signature: dict[str, Any] = {}
     fixed: dict[tuple[int, ...], Any] = {}

@@ -16,7 +16,7 @@ from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.target import Target
 from hydragen.tree import PrefixTree
-from hydragen.tuning import Tile, choose_tiles, split_size, tiles_for
+from hydragen.tuning import Tile, choose_tiles, heads_per_program, split_size, tiles_for
 
 # The columns of the work table, as kernels/attend.py reads them.
 ITEM_COLUMNS = ("node", "level", "slot", "begin", "end", "tok_begin", "num_tok", "row_begin", "dest")
@@ -81,21 +81,24 @@ class Queries:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """All work of one kind of tile: one launch of `items` x num_kv_heads programs."""
+    """All work of one kind of tile: one launch of `items` x num_kv_heads / `heads` programs."""
 
     tile: Tile
+    heads: int
     items: NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The segments that somebody attends to, root to leaf: their node, keys, query tokens, tile and split size."""
+    """The segments that somebody attends to, root to leaf: their node, keys, query tokens, tile, KV heads per program
+    and split size."""
 
     node: IntArray
     kv_len: IntArray
     tok_begin: IntArray
     num_tok: IntArray
     tile: IntArray
+    heads: IntArray
     split_size: IntArray
 
 
@@ -142,12 +145,16 @@ def find_segments(
     kv_len, num_tok = kv_lens[node], num_tok[node]
     rows = num_tok * heads.group_size
     tile = choose_tiles(rows, tiles, batch_invariant)
-    size = np.ones_like(kv_len)
+    size, together = np.ones_like(kv_len), np.ones_like(kv_len)
     for index in np.unique(tile):
         chosen = tile == index
-        programs = -(-rows[chosen] // tiles[index].block_m) * heads.num_kv_heads
+        shared = heads_per_program(
+            num_tok[chosen], kv_len[chosen], heads.group_size, heads.num_kv_heads, tiles[index]
+        )
+        together[chosen] = shared
+        programs = -(-rows[chosen] * shared // tiles[index].block_m) * (heads.num_kv_heads // shared)
         size[chosen] = split_size(kv_len[chosen], programs, tiles[index], target, batch_invariant)
-    return Segments(node, kv_len, queries.begin[node], num_tok, tile, size), tiles
+    return Segments(node, kv_len, queries.begin[node], num_tok, tile, together, size), tiles
 
 
 def lay_out_work(
@@ -169,13 +176,15 @@ def lay_out_work(
     final = bool((partials_per_token == 1).all())
 
     launches = []
-    for index, tile in enumerate(tiles):
+    # The largest tiles first: they are bound by compute, and what follows fills the room they leave.
+    for index, tile in reversed(list(enumerate(tiles))):
         chosen = np.flatnonzero(segments.tile[split_of] == index)
         if chosen.size == 0:
             continue
         # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay together
         chosen = chosen[np.argsort(begin[chosen] - end[chosen], kind="stable")]
-        blocks = -(-num_tok[chosen] * heads.group_size // tile.block_m)
+        together = int(segments.heads[split_of[chosen[0]]])
+        blocks = -(-num_tok[chosen] * heads.group_size * together // tile.block_m)
         which, block = _expand(blocks)
         source = chosen[which]
         columns = {
@@ -190,7 +199,7 @@ def lay_out_work(
             "dest": partials_before[source],
         }
         table = np.stack([columns[name] for name in ITEM_COLUMNS], axis=1)
-        launches.append(Launch(tile, table.astype(np.int32)))
+        launches.append(Launch(tile, together, table.astype(np.int32)))
 
     if final:
         empty = np.zeros(0, np.int32)

@@ -39,10 +39,13 @@ class Tile:
     loop_tail: bool = False
     resident: int = 1
 
-    @property
-    def max_registers(self) -> int:
-        """Registers a thread may use. Said outright: left alone, ptxas spills a little to fit more programs."""
-        return min(255, 65536 // (32 * self.num_warps * self.resident) // 8 * 8)
+    def max_registers(self, plain: bool) -> int:
+        """Registers a thread may use. Said outright: left alone, ptxas spills a little to fit more programs.
+
+        `plain` decoding, contiguous and without masks, keeps to what lets `resident` programs fit; the rest takes
+        what it needs.
+        """
+        return min(255, 65536 // (32 * self.num_warps * (self.resident if plain else 1)) // 8 * 8)
 
 
 # (architecture family, padded head dimension) -> tiles by rising block_m, for 2-byte types
@@ -52,8 +55,8 @@ _HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 128): (Tile(16, 64, 4, 3, False, 2), Tile(64, 64, 8, 2, True), Tile(128, 32, 8, 3, True)),
     (80, 256): (Tile(16, 32, 8, 2, True), Tile(64, 32, 8, 2, True)),
     (90, 64): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
-    (90, 128): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
-    (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2, True)),
+    (90, 128): (Tile(16, 32, 2, 3, False, 6), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
+    (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 16, 8, 2, True)),
     (100, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2)),
 }
 # 2-byte types whose rows are not a multiple of 16 bytes: loads of single elements need many more registers
@@ -109,6 +112,19 @@ def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool)
         return np.full(rows.size, min(1, len(tiles) - 1))
     heights = np.array([tile.block_m for tile in tiles])
     return np.minimum(np.searchsorted(heights, rows), len(tiles) - 1)
+
+
+def heads_per_program(num_tok: IntArray, kv_lens: IntArray, group_size: int, num_kv_heads: int, tile: Tile) -> int:
+    """Return how many KV heads one program of a tile serves: several share the smallest tile instead of padding it.
+
+    The most heads that still read (nearly) the fewest keys: where a segment has several query tokens, too many heads
+    would split its rows over tiles, each of which reads the keys again.
+    """
+    if tile.block_m > 16:
+        return 1
+    counts = [h for h in (1, 2, 4, 8, 16) if h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4]
+    reads = [int((kv_lens * -(-num_tok * h * group_size // tile.block_m)).sum()) for h in counts] or [0]
+    return max((h for h, r in zip(counts, reads, strict=False) if r <= 1.05 * min(reads)), default=1)
 
 
 def split_size(

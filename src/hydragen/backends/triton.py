@@ -11,17 +11,24 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hydragen.backends.launch import INTERPRET, launch_kernel
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
-from hydragen.plan import Heads, Launch, Plan
+from hydragen.plan import Heads, Plan
 from hydragen.types import AttentionState
 from hydragen.validation import Call
 
-INTERPRET = not isinstance(attend, triton.JITFunction)
 _LOG2_E = 1.4426950408889634
 MERGE_HEADS = 8
 MERGE_UNROLL = 4
+
+
+class _Buffers(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    part_out: Tensor
+    part_lse: Tensor
 
 
 class _Tables(NamedTuple):
@@ -39,65 +46,43 @@ def run(plan: Plan, call: Call) -> AttentionState:
         `out` like q with head_dim_v, in q's dtype; `lse` float32, or an empty tensor unless it is asked for.
     """
     _check_supported(call)
-    q, heads, options = call.q, plan.heads, call.options
+    q, heads, options, work = call.q, plan.heads, call.options, plan.work
     tokens = locate(plan, call)
     out = q.new_empty((*q.shape[:-1], heads.head_dim_v))
     lse = q.new_empty(q.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
     if q.numel() == 0:
         return AttentionState(out, lse)
-    work = plan.work
     tables = _tables(plan, q.device)
     part_out = q.new_empty((work.num_partials, heads.num_q_heads, heads.head_dim_v), dtype=torch.float32)
     part_lse = q.new_empty((work.num_partials, heads.num_q_heads), dtype=torch.float32)
+    buffers = _Buffers(out, lse, part_out, part_lse)
     with _on_device(q):
-        for launch, items in zip(work.launches, tables.items, strict=True):
-            _launch_attend(plan, call, tokens, launch, items, out, lse, part_out, part_lse)
+        for i, items in enumerate(tables.items):
+            _launch_attend(plan, call, tokens, i, items, buffers)
         if not work.final:
-            block_h = min(MERGE_HEADS, triton.next_power_of_2(heads.num_q_heads))
-            merge[(plan.queries.token.size, -(-heads.num_q_heads // block_h))](
-                part_out,
-                part_lse,
-                out,
-                lse,
-                options.sinks if options.sinks is not None else part_lse,
-                tables.merge_indptr,
-                tables.merge_indices,
-                tokens.token if tokens.token is not None else tables.merge_indptr,
-                heads.num_q_heads,
-                HEAD_DIM_V=heads.head_dim_v,
-                BLOCK_H=block_h,
-                BLOCK_DV=padded(heads.head_dim_v),
-                UNROLL=MERGE_UNROLL,
-                GATHER_Q=tokens.token is not None,
-                HAS_SINKS=options.sinks is not None,
-                HAS_LSE=options.return_lse,
-                INTERPRET=INTERPRET,
-                num_warps=4,
-            )
+            _launch_merge(plan, call, tokens, tables, buffers)
     return AttentionState(out, lse)
 
 
-def padded(size: int) -> int:
-    """Return the block size that holds `size`: a power of two, 16 or at least 64.
+def _dependent_launches(plan: Plan) -> bool:
+    """Whether launches overlap by programmatic dependent launch: sm_90 and newer, where there are several."""
+    return plan.target.arch >= 90 and len(plan.work.launches) + (not plan.work.final) > 1
 
-    16 is the least that a matrix instruction takes. With 32 columns of values Triton 3.6 makes a wgmma kernel that
-    reads past its shared memory (compute-sanitizer: invalid __shared__ read; head_dim 33, head_dim_v 20, float16).
+
+def padded(size: int, itemsize: int) -> int:
+    """Return the block size that holds `size` elements of a head: a power of two.
+
+    At least 64 for the tensor cores' types: with 16 or 32 columns of values beside 64 of keys Triton 3.6 makes a wgmma
+    kernel that reads past its shared memory (compute-sanitizer: invalid __shared__ read; head_dim 33, head_dim_v 20).
     """
-    return 16 if size <= 16 else max(64, triton.next_power_of_2(size))
+    return max(16 if INTERPRET or itemsize == 4 else 64, triton.next_power_of_2(size))
 
 
-def _launch_attend(
-    plan: Plan,
-    call: Call,
-    tokens: Tokens,
-    launch: Launch,
-    items: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    part_out: Tensor,
-    part_lse: Tensor,
-) -> None:
-    q, nodes, heads, options, tile = call.q, call.nodes, plan.heads, call.options, launch.tile
+def _launch_attend(plan: Plan, call: Call, tokens: Tokens, index: int, items: Tensor, buffers: _Buffers) -> None:
+    """Launch the work of one kind of tile."""
+    q, nodes, heads, options = call.q, call.nodes, plan.heads, call.options
+    launch = plan.work.launches[index]
+    tile = launch.tile
     contiguous = _contiguous(nodes.k_strides, heads.head_dim, heads) and _contiguous(
         nodes.v_strides, heads.head_dim_v, heads
     )
@@ -105,59 +90,108 @@ def _launch_attend(
     stride_qb, stride_qt = (q.stride(0), q.stride(1)) if q.dim() == 4 else (q.stride(0), 0)
     capped = options.softcap is not None
     masked = tokens.q_pos is not None
+    final = plan.work.final
+    pdl = _dependent_launches(plan)
     anything = items  # stands for pointers that this call does not use
-    grid = (launch.items.shape[0] * heads.num_kv_heads,)
-    attend[grid](
+    tensors = (
         q,
         nodes.k,
         nodes.v,
-        out,
-        lse,
-        part_out,
-        part_lse,
-        options.sinks if options.sinks is not None else part_lse,
+        *buffers,
+        buffers.part_lse if options.sinks is None else options.sinks,
         items,
-        tokens.token if tokens.token is not None else anything,
-        tokens.q_pos if tokens.q_pos is not None else anything,
-        tokens.kv_start if tokens.kv_start is not None else anything,
-        tokens.kv_lens if tokens.kv_lens is not None else anything,
-        launch.items.shape[0],
-        heads.num_kv_heads,
-        q.shape[1] if q.dim() == 4 else 1,
-        options.window or 0,
-        options.scale * _LOG2_E,
-        options.softcap or 0.0,
+        anything if tokens.token is None else tokens.token,
+        anything if tokens.q_pos is None else tokens.q_pos,
+        anything if tokens.kv_start is None else tokens.kv_start,
+        anything if tokens.kv_lens is None else tokens.kv_lens,
+    )
+    sizes = (launch.items.shape[0], heads.num_kv_heads, q.shape[1] if q.dim() == 4 else 1, options.window or 0)
+    scales = (options.scale * _LOG2_E, options.softcap or 0.0)
+    strides = (
         stride_qb,
         stride_qt,
         q.stride(-2),
         q.stride(-1),
-        *(tuple(s[i] for s in nodes.k_strides) for i in range(4)),
-        *(tuple(s[i] for s in nodes.v_strides) for i in range(4)),
-        GROUP_SIZE=heads.group_size,
-        HEAD_DIM=heads.head_dim,
-        HEAD_DIM_V=heads.head_dim_v,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=padded(heads.head_dim),
-        BLOCK_DV=padded(heads.head_dim_v),
-        CONTIGUOUS=contiguous,
-        NUM_KV_HEADS=heads.num_kv_heads,
-        HEADS_FIRST=tile.block_m <= 16,
-        GATHER_Q=tokens.token is not None,
-        HAS_LENS=tokens.kv_lens is not None,
-        HAS_SINKS=options.sinks is not None and plan.work.final,
-        HAS_LSE=options.return_lse,
-        FINAL=plan.work.final,
-        CAUSAL=options.causal and masked,
-        WINDOW=options.window is not None,
-        SOFTCAP=capped,
-        FOLD_SCALE=options.scale > 0 and not capped,
-        NUM_STAGES=tile.num_stages,
-        LOOP_TAIL=tile.loop_tail,
-        INTERPRET=INTERPRET,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        maxnreg=None if INTERPRET else tile.max_registers,
+        *zip(*nodes.k_strides, strict=True),
+        *zip(*nodes.v_strides, strict=True),
+    )
+    constants = (
+        heads.group_size,
+        heads.head_dim,
+        heads.head_dim_v,
+        tile.block_m,
+        tile.block_n,
+        padded(heads.head_dim, heads.itemsize),
+        padded(heads.head_dim_v, heads.itemsize),
+        contiguous,  # CONTIGUOUS
+        heads.num_kv_heads,
+        launch.heads,
+        tile.block_m <= 16,  # HEADS_FIRST
+        tokens.token is not None,  # GATHER_Q
+        tokens.kv_lens is not None,  # HAS_LENS
+        options.sinks is not None and final,  # HAS_SINKS
+        options.return_lse,  # HAS_LSE
+        final,  # FINAL
+        pdl,  # PDL
+        options.causal and masked,  # CAUSAL
+        options.window is not None,  # WINDOW
+        capped,  # SOFTCAP
+        options.scale > 0 and not capped,  # FOLD_SCALE
+        tile.num_stages,
+        tile.loop_tail,
+        INTERPRET,
+    )
+    plain = contiguous and not masked and not capped and not final
+    launch_kernel(
+        attend,
+        (launch.items.shape[0] * (heads.num_kv_heads // launch.heads), 1, 1),
+        (*tensors, *sizes, *scales, *strides, *constants),
+        {
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "maxnreg": tile.max_registers(plain),
+            "launch_pdl": pdl and index > 0,  # the first waits for all that came before it in the stream
+        },
+        (q.dtype, None if options.sinks is None else options.sinks.dtype, plain, sizes, strides, constants),
+        plan.uploads,
+    )
+
+
+def _launch_merge(plan: Plan, call: Call, tokens: Tokens, tables: _Tables, buffers: _Buffers) -> None:
+    """Launch the merge of every token's partials."""
+    heads, sinks = plan.heads, call.options.sinks
+    block_h = min(MERGE_HEADS, triton.next_power_of_2(heads.num_q_heads))
+    pdl = _dependent_launches(plan) and len(plan.work.launches) > 0
+    token = tables.merge_indptr if tokens.token is None else tokens.token
+    pointers = (
+        buffers.part_out,
+        buffers.part_lse,
+        buffers.out,
+        buffers.lse,
+        buffers.part_lse if sinks is None else sinks,
+        tables.merge_indptr,
+        tables.merge_indices,
+        token,
+    )
+    constants = (
+        heads.num_q_heads,
+        heads.head_dim_v,
+        block_h,
+        padded(heads.head_dim_v, heads.itemsize),
+        MERGE_UNROLL,
+        tokens.token is not None,  # GATHER_Q
+        sinks is not None,  # HAS_SINKS
+        call.options.return_lse,  # HAS_LSE
+        pdl,  # PDL
+        INTERPRET,
+    )
+    launch_kernel(
+        merge,
+        (plan.queries.token.size, -(-heads.num_q_heads // block_h), 1),
+        (*pointers, *constants),
+        {"num_warps": 4, "launch_pdl": pdl},
+        (call.q.dtype, None if sinks is None else sinks.dtype, constants),
+        plan.uploads,
     )
 
 

@@ -7,6 +7,7 @@ the rows are the query heads of that KV head's group for all tokens whose path c
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import LN_2, LOG2_E, LOWEST, dot, finish, fold_sink, round_to, select, tanh
 
@@ -16,15 +17,21 @@ ITEM_COLUMNS = tl.constexpr(9)
 
 @triton.jit
 def attend_block(
-    acc, running_max, running_sum, q, k_ptrs, v_ptrs, start, end, q_pos, kv_start, window,
+    acc, running_max, running_sum, q, k_ptrs, v_ptrs, start, end, q_pos, kv_start, window, row_kv_head,
     scale_log2, softcap,
     stride_kt, stride_vt,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HEADS: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax over keys [start, start + BLOCK_N); `k_ptrs`, `v_ptrs` point at key 0."""
-    offs_n = start + tl.arange(0, BLOCK_N)
+    """One step of the running softmax over keys [start, start + BLOCK_N // HEADS); `k_ptrs`, `v_ptrs` are at key 0.
+
+    Column n is key start + n // HEADS of KV head n % HEADS, and a row sees the columns of its own head: so the 16
+    rows of the smallest tile are those of several KV heads instead of padding, and a key's memory is one long run.
+    """
+    columns = tl.arange(0, BLOCK_N)
+    offs_n = start + columns // HEADS
     in_range = offs_n < end  # [BLOCK_N]
     k_ptrs += tl.cast(start, tl.int64) * stride_kt
     v_ptrs += tl.cast(start, tl.int64) * stride_vt
@@ -55,6 +62,8 @@ def attend_block(
         if WINDOW:
             visible = visible & (distance < window)
         scores = tl.where(visible, scores, float("-inf"))
+    if HEADS > 1:
+        scores = tl.where(row_kv_head[:, None] == (columns % HEADS)[None, :], scores, float("-inf"))
     if FOLD_SCALE:  # a positive scale commutes with the maximum and rides on the exponent's multiply-add
         new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2)
         p = tl.math.exp2(scores * scale_log2 - new_max[:, None])
@@ -78,25 +87,27 @@ def attend(
     strides_vn, strides_vt, strides_vh, strides_vd,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr,
-    GATHER_Q: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, FINAL: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    GATHER_Q: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
     NUM_STAGES: tl.constexpr, LOOP_TAIL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attend one item of the work table for one KV head.
+    """Attend one item of the work table for HEADS KV heads.
 
-    Row r of the item is query token `tok_begin + r // GROUP_SIZE` (in tree order), query head
-    `kv_head * GROUP_SIZE + r % GROUP_SIZE`. FINAL (no token has a second partial): the row goes to
+    A program serves HEADS KV heads from `kv_head` on, with R = HEADS * GROUP_SIZE query heads. Row r of the item is
+    query token `tok_begin + r // R` (in tree order), query head `kv_head * GROUP_SIZE + r % R`. FINAL (no token has a second partial): the row goes to
     out [tokens, num_q_heads, HEAD_DIM_V] and lse [tokens, num_q_heads]. Otherwise it goes to part_out (float32,
     normalised) and part_lse (base 2) at partial row `dest + token - tok_begin`. The choice is made at compile
     time: both stores in one kernel cost 30 to 50 registers.
     """
+    if PDL:
+        gdc_launch_dependents()  # the next launch may take what room this one leaves, as soon as all of it is placed
     if HEADS_FIRST:
-        item = tl.program_id(0) // num_kv_heads
-        kv_head = tl.program_id(0) % num_kv_heads
+        item = tl.program_id(0) // (num_kv_heads // HEADS)
+        kv_head = tl.program_id(0) % (num_kv_heads // HEADS) * HEADS
     else:
         item = tl.program_id(0) % num_items
-        kv_head = tl.program_id(0) // num_items
+        kv_head = tl.program_id(0) // num_items * HEADS
     columns = items_ptr + item.to(tl.int64) * ITEM_COLUMNS
     node = tl.load(columns)
     level = tl.load(columns + 1)
@@ -112,9 +123,10 @@ def attend(
     num_q_heads = num_kv_heads * GROUP_SIZE
 
     rows = row_begin + tl.arange(0, BLOCK_M)
-    local = rows // GROUP_SIZE
+    local = rows // (HEADS * GROUP_SIZE)
     row_ok = local < num_tok
-    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    row_kv_head = rows % (HEADS * GROUP_SIZE) // GROUP_SIZE
+    head = kv_head * GROUP_SIZE + rows % (HEADS * GROUP_SIZE)
     token = tok_begin + local
     q_pos = local
     if CAUSAL or WINDOW:
@@ -142,13 +154,15 @@ def attend(
         stride_vt = select(strides_vt, level)
         stride_vh = select(strides_vh, level)
         stride_vd = select(strides_vd, level)
-    offs_n = tl.arange(0, BLOCK_N)
+    key = (tl.arange(0, BLOCK_N) // HEADS)[:, None].to(tl.int64)
+    key_head = (tl.arange(0, BLOCK_N) % HEADS)[:, None].to(tl.int64)
     k_base = select(k_ptrs, level) + slot.to(tl.int64) * select(strides_kn, level) + kv_head.to(tl.int64) * stride_kh
     v_base = select(v_ptrs, level) + slot.to(tl.int64) * select(strides_vn, level) + kv_head.to(tl.int64) * stride_vh
     # one row of pointers per key, moved along by a scalar: int64, since stride * index may pass 2**31
-    k_tile = k_base + (offs_n[:, None].to(tl.int64) * stride_kt + (offs_d * stride_kd)[None, :])
-    v_tile = v_base + (offs_n[:, None].to(tl.int64) * stride_vt + (offs_dv * stride_vd)[None, :])
+    k_tile = k_base + (key * stride_kt + key_head * stride_kh + (offs_d * stride_kd)[None, :])
+    v_tile = v_base + (key * stride_vt + key_head * stride_vh + (offs_dv * stride_vd)[None, :])
 
+    STEP: tl.constexpr = BLOCK_N // HEADS  # keys per step
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     running_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -166,36 +180,36 @@ def attend(
             end = tl.minimum(end, last_pos + 1 - kv_start)
             mid_hi = tl.minimum(end, first_pos + 1 - kv_start)
         if WINDOW:
-            lo = begin + (tl.maximum(first_pos - window + 1 - kv_start, begin) - begin) // BLOCK_N * BLOCK_N
-            mid_lo = begin + tl.cdiv(tl.maximum(last_pos - window + 1 - kv_start, begin) - begin, BLOCK_N) * BLOCK_N
-            mid_lo = tl.minimum(mid_lo, begin + tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N) * BLOCK_N)
-    mid_hi = begin + tl.maximum(mid_hi - begin, 0) // BLOCK_N * BLOCK_N
+            lo = begin + (tl.maximum(first_pos - window + 1 - kv_start, begin) - begin) // STEP * STEP
+            mid_lo = begin + tl.cdiv(tl.maximum(last_pos - window + 1 - kv_start, begin) - begin, STEP) * STEP
+            mid_lo = tl.minimum(mid_lo, begin + tl.cdiv(tl.maximum(end - begin, 0), STEP) * STEP)
+    mid_hi = begin + tl.maximum(mid_hi - begin, 0) // STEP * STEP
     if WINDOW:
         mid_hi = tl.maximum(mid_hi, mid_lo)
-        for start in tl.range(lo, mid_lo, BLOCK_N, num_stages=1):
+        for start in tl.range(lo, mid_lo, STEP, num_stages=1):
             acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
-                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
+                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
                 True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
             )  # fmt: skip
-    for start in tl.range(mid_lo, mid_hi, BLOCK_N, num_stages=NUM_STAGES):
+    for start in tl.range(mid_lo, mid_hi, STEP, num_stages=NUM_STAGES):
         acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
-            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+            acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
+            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
             False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
         )  # fmt: skip
     # The tail is peeled: a mask in the main loop would cost its registers (64x64: 158 against 234).
     if CAUSAL or WINDOW or LOOP_TAIL:
-        for start in tl.range(mid_hi, end, BLOCK_N, num_stages=1):
+        for start in tl.range(mid_hi, end, STEP, num_stages=1):
             acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
-                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
+                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
                 True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
             )  # fmt: skip
     elif mid_hi < end:
         acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, mid_hi, end, q_pos, kv_start, window,
-            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+            acc, running_max, running_sum, q, k_tile, v_tile, mid_hi, end, q_pos, kv_start, window, row_kv_head,
+            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
             True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
         )  # fmt: skip
 
@@ -216,3 +230,7 @@ def attend(
         part_mask = (local < num_tok)[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
         tl.store(part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :], out, mask=part_mask)
         tl.store(part_lse_ptr + part_rows, lse, mask=local < num_tok)
+    if PDL:
+        # The merge waits for the launch before it only: so no launch may end before the one before it has.
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            gdc_wait()

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .primitives import LN_2, LOWEST, finish, fold, fold_sink, round_to
 
@@ -12,7 +13,7 @@ def merge(
     indptr_ptr, indices_ptr, q_token_ptr,
     num_q_heads,
     HEAD_DIM_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr, UNROLL: tl.constexpr,
-    GATHER_Q: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, INTERPRET: tl.constexpr,
+    GATHER_Q: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of query token `program_id(0)` (in tree order) for BLOCK_H query heads.
 
@@ -32,6 +33,8 @@ def merge(
     acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
     running_max = tl.full([BLOCK_H], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK_H], tl.float32)
+    if PDL:
+        gdc_wait()  # for the partials; what was read so far is older
     for block in range(first, last, UNROLL):
         # unrolled, so that the loads of all partials are in flight together
         for i in tl.static_range(UNROLL):
