@@ -57,14 +57,15 @@ def _to_caller_order(values: Tensor, token: Tensor | None, size: int) -> Tensor:
 
 
 def _blocks(plan: Plan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
-    """Yield the segments grouped into blocks: equal query counts, one level, keys of like length."""
+    """Yield the segments grouped into blocks: one depth, equal query counts, keys of like length."""
     segments = plan.work.segments
     nodes = call.nodes
     node, num_tok = segments.node, segments.num_tok
     # lengths within a factor of two of one another share a block; a padded level has one capacity anyway
     bucket = np.ceil(np.log2(segments.kv_len)).astype(np.int64) if nodes.packed else np.zeros_like(node)
     alone = np.where(nodes.packed & (segments.kv_len > _COPY_UP_TO), node + 1, 0)
-    keys = np.stack([nodes.level[node], num_tok, bucket, alone], axis=1)
+    # one depth each: a node and its parent may have the same tokens, and a block takes a token once
+    keys = np.stack([plan.tree.depth[node], num_tok, bucket, alone], axis=1)
     _, group = np.unique(keys, axis=0, return_inverse=True)
     group = group.reshape(-1)
     for index in range(int(group.max(initial=-1)) + 1):
