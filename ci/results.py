@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from bench_results import merged, write_tables
 from count_tests import count
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,15 +76,15 @@ def results_path(gpu: str) -> Path:
 
 
 def benchmarks(path: Path) -> list[dict[str, Any]]:
-    """pytest-benchmark's cases: the name, the median in µs and what the case put into extra_info."""
+    """pytest-benchmark's cases: what each put into extra_info, quartiles in µs, the number of rounds."""
     if not path.exists():
         return []
     return [
         {
-            "name": case["name"],
-            "median_us": round(case["stats"]["median"] * 1e6, 3),
-            "rounds": case["stats"]["rounds"],
             **case["extra_info"],
+            "group": case["group"],
+            "rounds": case["stats"]["rounds"],
+            "quartiles_us": [round(case["stats"][name] * 1e6, 3) for name in ("q1", "q3")],
         }
         for case in json.loads(path.read_text())["benchmarks"]
     ]
@@ -112,12 +113,15 @@ def record(stage: str, status: int, seconds: int, logs: Path) -> None:
         entry["summary"] = (log.strip().splitlines() or [""])[-1]
     else:
         entry |= count(log)
-    if stage == "bench":
-        # Numbers of a failed run are not kept.
-        entry["benchmarks"] = benchmarks(logs / "bench.json") if status == 0 else []
+    if stage.startswith("bench"):
+        # Each cell was checked before it was timed. Where one failed (1), earlier times are not kept: they
+        # may be those of what is wrong now.
+        before = results["stages"].get(stage, {}).get("benchmarks", []) if status != 1 else []
+        entry["benchmarks"] = merged(before, benchmarks(logs / f"{stage}.json"))
     results["stages"][stage] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_tables(results, path)
     print(f"{stage}: {'ok' if status == 0 else 'FAILED'} in {seconds} s, written to {path}")
 
 

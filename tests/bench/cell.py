@@ -88,7 +88,7 @@ def measure(
             "host_us": us(host),
             "checked_rows": len(truth.rows),
             "baselines": baselines,
-            **compared(shape.name, seconds, baselines),
+            **compared(shape.name, seconds, baselines, bench.facts["device"]),
             "run": bench.facts,
         },
     )
@@ -121,8 +121,8 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, UnavailableError | AssertionError) else f"{type(error).__name__}: {text}"
 
 
-def compared(name: str, seconds: float, baselines: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Beside the fastest that does not share, in this run; and beside the best peer, of another run."""
+def compared(name: str, seconds: float, baselines: dict[str, dict[str, Any]], device: str) -> dict[str, Any]:
+    """Beside the fastest that does not share; on an H200 also beside the best peer, of another run."""
     found: dict[str, Any] = {}
     unshared = {key: entry["us"] for key, entry in baselines.items() if not entry["shares"] and "us" in entry}
     if unshared:
@@ -132,7 +132,7 @@ def compared(name: str, seconds: float, baselines: dict[str, dict[str, Any]]) ->
             "us": unshared[best],
             "time_ratio": ratio(seconds, unshared[best] * 1e-6),
         }
-    if name in PEERS:
+    if name in PEERS and "H200" in device:
         _, best_peer, best_us = PEERS[name]
         found["best_peer_of_another_run"] = {
             "name": best_peer,

@@ -1,4 +1,4 @@
-"""One GPU, one timer and one set of facts for all cells of a run; a table of the results at its end."""
+"""One GPU, one timer and one set of facts for all cells of a run."""
 
 import os
 import time
@@ -16,7 +16,6 @@ from timing import GpuTimer, report
 BEGAN = time.monotonic()
 # Copies of keys and values may take this part of the device's memory; what we hold ourselves is small.
 COPIES = 0.6
-LINES = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +27,8 @@ def bench(pytestconfig: pytest.Config) -> Bench:
     facts = machine(device)
     if not pytestconfig.getoption("benchmark_disable"):
         facts["ceilings"] = ceilings(timer, device)
-        say(
-            pytestconfig,
-            "  ".join(f"{name} {value}" for name, value in {**facts, **facts["ceilings"]}.items()),
-        )
+        say(pytestconfig, "  ".join(f"{name} {value}" for name, value in facts.items()))
+        say(pytestconfig, "times on the device; in brackets our time over theirs")
     return Bench(device, timer, facts, COPIES * torch.cuda.get_device_properties(device).total_memory)
 
 
@@ -76,17 +73,8 @@ def line(info: dict[str, Any]) -> str:
 
 
 def say(config: pytest.Config, text: str) -> None:
-    """Write a line at once, and once more at the end."""
-    config.stash.setdefault(LINES, []).append(text)
+    """Write a line at once: a run takes minutes."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.ensure_newline()
         reporter.write_line(text)
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    lines = config.stash.get(LINES, [])
-    if lines:
-        terminalreporter.section("time on the device; in brackets our time over theirs")
-        for text in lines:
-            terminalreporter.write_line(text)
