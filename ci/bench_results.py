@@ -46,7 +46,9 @@ def geomean(ratios: Iterable[float]) -> float:
 
 def csv_text(cells: list[Cell]) -> str:
     """Columns shape, us, roof_us."""
-    return "".join(["shape,us,roof_us\n", *(f"{c['shape']},{c['us']:.2f},{c['roof_us']:g}\n" for c in cells)])
+    return "".join(
+        ["shape,us,roof_us\n", *(f"{c['shape']},{c['us']:.2f},{float(c['roof_us'])}\n" for c in cells)]
+    )
 
 
 def slower_than_unshared(cell: Cell) -> bool:

@@ -66,7 +66,7 @@ def test_tables(bench_results: ModuleType, tmp_path: Path) -> None:
     bench_results.write_tables(results(*cells), tmp_path / "h200.json")
     assert (tmp_path / "h200.csv").read_text().splitlines()[:2] == [
         "shape,us,roof_us",
-        "32/8 B256 P4096 S128,60.00,30",
+        "32/8 B256 P4096 S128,60.00,30.0",
     ]
     text = (tmp_path / "h200.md").read_text()
     assert (

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from cell import Bench, check, measure
 from facts import ceilings, machine
+from pytest_benchmark.logger import PytestBenchmarkWarning
 from shapes import Shape
 from suites import WITH_FLEX
 from timing import GpuTimer, report
@@ -50,6 +52,11 @@ def run_cell(benchmark: Any, bench: Bench, pytestconfig: pytest.Config) -> Calla
         say(pytestconfig, line(cell.info))
 
     return run
+
+
+def pytest_configure() -> None:
+    # That nothing was timed is said in pytest's last hook: as an error it would hide what went wrong before.
+    warnings.filterwarnings("default", category=PytestBenchmarkWarning)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
