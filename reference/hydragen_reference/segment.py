@@ -215,7 +215,7 @@ class _RecomputedTile(torch.autograd.Function):
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """exp in place. On a CPU, PyTorch's own takes over 20 times as long where it underflows, exp2 does not."""
+    """exp in place. On a CPU PyTorch's own takes 20 times as long where it underflows; exp2 does not."""
     return x.mul_(1 / math.log(2)).exp2_()
 
 
