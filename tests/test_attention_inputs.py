@@ -1,4 +1,4 @@
-"""What attention is given: forms of lengths, strides, poison, NaN in the data; and that it is left as it was."""
+"""What attention is given: lengths, strides, poison, NaN in the data; and that it is left as it was."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,7 +139,7 @@ def test_what_is_not_finite_flows_to_the_rows_that_see_it(
         got, (expected.out, expected.lse), attend(PROBLEM, backend, device, clean), strict=True
     ):
         assert torch.equal(mine.cpu()[~sees], untouched.cpu()[~sees])
-        # KV head 1 serves query heads 2 and 3. A small tile of the Triton path multiplies the values of several KV
+        # KV head 1 serves query heads 2 and 3. A small tile of the Triton path multiplies values of several KV
         # heads by weights of which those of the others are 0, and 0 * NaN is NaN.
         if backend == "reference" or which == "k" or mine is got[1]:
             assert torch.equal(mine.cpu()[sees, :2], untouched.cpu()[sees, :2])

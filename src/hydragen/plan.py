@@ -148,7 +148,8 @@ def find_segments(
     size, together = np.ones_like(kv_len), np.ones_like(kv_len)
     for index in np.unique(tile):
         chosen = tile == index
-        shared = heads_per_program(
+        # one under batch_invariant, since how many rows share a tile is a matter of the others
+        shared = 1 if batch_invariant else heads_per_program(
             num_tok[chosen], kv_len[chosen], heads.group_size, heads.num_kv_heads, tiles[index]
         )
         together[chosen] = shared
@@ -158,7 +159,12 @@ def find_segments(
 
 
 def lay_out_work(
-    nodes: NodeKV, queries: Queries, segments: Segments, tiles: tuple[Tile, ...], heads: Heads
+    nodes: NodeKV,
+    queries: Queries,
+    segments: Segments,
+    tiles: tuple[Tile, ...],
+    heads: Heads,
+    batch_invariant: bool,
 ) -> Work:
     """Cut the segments into splits and row blocks, give each its place, and list every token's partials."""
     num_splits = -(-segments.kv_len // segments.split_size)
@@ -173,7 +179,9 @@ def lay_out_work(
     entry_of, within = _expand(num_tok)
     token_of_partial = tok_begin[entry_of] + within
     partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
-    final = bool((partials_per_token == 1).all())
+    # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
+    # whether all rows have one partial is a matter of the others.
+    final = not batch_invariant and bool((partials_per_token == 1).all())
 
     launches = []
     # The largest tiles first: they are bound by compute, and what follows fills the room they leave.
@@ -239,6 +247,8 @@ class Plan:
         Some lengths come with every run, on the device, and are clamped to `kv_lens`.
     work : Work
     target : Target
+    batch_invariant : bool
+        No row's bits depend on the other rows.
     uploads : dict
         What backends keep on devices for this plan; it lives as long as the plan.
     """
@@ -250,6 +260,7 @@ class Plan:
     lens_on_device: bool
     work: Work
     target: Target
+    batch_invariant: bool
     uploads: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -267,5 +278,5 @@ def make_plan(
     """Plan one attention call; capacities stand in for lengths that live on the device."""
     queries = Queries.of(tree, q_starts, q_lens)
     segments, tiles = find_segments(kv_lens, queries, heads, target, batch_invariant)
-    work = lay_out_work(nodes, queries, segments, tiles, heads)
-    return Plan(tree, heads, queries, kv_lens, lens_on_device, work, target)
+    work = lay_out_work(nodes, queries, segments, tiles, heads, batch_invariant)
+    return Plan(tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant)

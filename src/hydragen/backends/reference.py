@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from hydragen_reference import decomposed
 from torch import Tensor
 
 from hydragen.backends.tokens import Tokens, locate
@@ -14,6 +13,7 @@ from hydragen.host_ints import IntArray
 from hydragen.plan import Plan
 from hydragen.types import AttentionState
 from hydragen.validation import Call
+from hydragen_reference import decomposed
 
 # Shorter segments of a packed tensor are copied side by side and attended together; longer ones one by one.
 _COPY_UP_TO = 512
@@ -33,9 +33,14 @@ def run(plan: Plan, call: Call) -> AttentionState:
     q_pos = None
     if tokens.q_pos is not None:
         q_pos = _to_caller_order(tokens.q_pos, tokens.token, flat.shape[0])
+    blocks = list((_blocks_of_one_row if plan.batch_invariant else _blocks)(plan, call, tokens))
+    if not blocks:  # nothing to attend to: no segments, which still tell the size of values
+        blocks = [
+            decomposed.Block(*(x.new_empty(0, 0, *x.shape[-2:]) for x in (call.nodes.k[0], call.nodes.v[0])))
+        ]
     state = decomposed.tree_attention(
         flat,
-        list(_blocks(plan, call, tokens)),
+        blocks,
         q_pos=q_pos,
         scale=options.scale,
         causal=options.causal and q_pos is not None,
@@ -110,3 +115,22 @@ def _block(plan: Plan, call: Call, tokens: Tokens, chosen: IntArray) -> decompos
         attended = tokens.token[torch.from_numpy(positions).to(device)].long()
     k_start = None if tokens.kv_start is None else tokens.kv_start[there]
     return decomposed.Block(k, v, kv_lens, attended, k_start)
+
+
+def _blocks_of_one_row(plan: Plan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
+    """Yield a block for each row and segment: a matrix product's bits depend on what is stacked into it."""
+    device, queries = call.q.device, plan.queries
+    ends = np.flatnonzero(np.diff(queries.row, append=-1)) + 1
+    for begin, end in zip(np.append(0, ends[:-1]), ends, strict=True):
+        # with a token of padding: a batch of one row, whose tokens are all there are, goes the same way
+        attended = torch.arange(begin, end + 1, device=device)
+        if tokens.token is not None:
+            attended = tokens.token[attended.clamp(max=queries.token.size - 1)].long()
+        attended[-1] = -1
+        for node in plan.tree.path(int(queries.row[begin])).tolist():
+            kv_len = int(plan.kv_lens[node])
+            if kv_len:
+                k, v = (x[None, :kv_len] for x in call.nodes.node(node))
+                kv_lens = None if tokens.kv_lens is None else tokens.kv_lens[node : node + 1]
+                k_start = None if tokens.kv_start is None else tokens.kv_start[node : node + 1]
+                yield decomposed.Block(k, v, kv_lens, attended[None], k_start)

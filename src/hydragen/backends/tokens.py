@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
 def locate(plan: Plan, call: Call) -> Tokens:
     """Return the tensors that this call needs; nothing waits for the device."""
     device = call.q.device
-    masked = needs_positions(call)
+    masked = needs_positions(plan, call)
     constants = _constants(plan, device)
     kv_lens = call.kv_lens.clamped(constants.planned_lens, plan.uploads) if plan.lens_on_device else None
     if call.cu_seqlens_q is None and (kv_lens is None or not masked):
@@ -59,11 +59,12 @@ def locate(plan: Plan, call: Call) -> Tokens:
     return Tokens(token, q_pos.to(torch.int32), path_len - lens, kv_lens)
 
 
-def needs_positions(call: Call) -> bool:
+def needs_positions(plan: Plan, call: Call) -> bool:
     """Whether any key can be hidden from a query by its position."""
-    longest = int(call.q_lens.max(initial=0))
-    # the only query of a row is the last position of its path: causality hides nothing from it
-    return call.options.window is not None or (call.options.causal and longest > 1)
+    # The only query of a row is the last position of its path: causality hides nothing from it. Whether other
+    # rows have more must not choose another kernel under batch_invariant.
+    causal = call.options.causal and (plan.batch_invariant or int(call.q_lens.max(initial=0)) > 1)
+    return call.options.window is not None or causal
 
 
 class _Constants(NamedTuple):
