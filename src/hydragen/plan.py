@@ -16,7 +16,14 @@ from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.target import Target
 from hydragen.tree import PrefixTree
-from hydragen.tuning import Tile, choose_tiles, heads_per_program, split_size, tiles_for
+from hydragen.tuning import (
+    Tile,
+    choose_tiles,
+    heads_per_program,
+    prefer_medium,
+    split_size,
+    tiles_for,
+)
 
 # The columns of the work table, as kernels/attend.py reads them.
 ITEM_COLUMNS = ("node", "level", "slot", "begin", "end", "tok_begin", "num_tok", "row_begin", "dest")
@@ -145,16 +152,34 @@ def find_segments(
     kv_len, num_tok = kv_lens[node], num_tok[node]
     rows = num_tok * heads.group_size
     tile = choose_tiles(rows, tiles, batch_invariant)
+    dims = heads.head_dim + heads.head_dim_v
+    flops = 2.0 * kv_len * rows * heads.num_kv_heads * dims
+    traffic = kv_len * float(heads.num_kv_heads * dims * heads.itemsize) / target.bandwidth  # seconds, read once
+    largest = tile == len(tiles) - 1
+    if len(tiles) > 2 and largest.any() and not batch_invariant:
+        blocks = -(-rows[largest] // tiles[-2].block_m) * heads.num_kv_heads
+        compute, alone = flops[largest].sum() / target.flops, traffic[~largest].sum()
+        if prefer_medium(kv_len[largest], blocks, compute, alone, target):
+            tile[largest] -= 1
     size, together = np.ones_like(kv_len), np.ones_like(kv_len)
     for index in np.unique(tile):
         chosen = tile == index
         # one under batch_invariant, since how many rows share a tile is a matter of the others
         shared = 1 if batch_invariant else heads_per_program(
-            num_tok[chosen], kv_len[chosen], heads.group_size, heads.num_kv_heads, tiles[index]
+            num_tok[chosen], kv_len[chosen], heads.group_size, heads.num_kv_heads, tiles[index], target
         )
         together[chosen] = shared
-        programs = -(-rows[chosen] * shared // tiles[index].block_m) * (heads.num_kv_heads // shared)
-        size[chosen] = split_size(kv_len[chosen], programs, tiles[index], target, batch_invariant)
+        size[chosen] = split_size(
+            kv_len[chosen],
+            -(-rows[chosen] * shared // tiles[index].block_m) * (heads.num_kv_heads // shared),
+            tiles[index],
+            target,
+            batch_invariant,
+            flops_per_key=2.0 * tiles[index].block_m * dims,
+            bytes_per_key=float(shared * dims * heads.itemsize),
+            seconds_per_split=8.0 * int(num_tok[chosen].sum()) * heads.num_q_heads * heads.head_dim_v / target.bandwidth,
+            beside=float(traffic[~chosen].sum()),
+        )
     return Segments(node, kv_len, queries.begin[node], num_tok, tile, together, size), tiles
 
 

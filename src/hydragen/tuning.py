@@ -29,7 +29,11 @@ class Tile:
     loop_tail : bool
         Write the last, masked step as a loop: saves registers at some sizes, costs some at others.
     resident : int
-        Programs that must fit one multiprocessor at a time.
+        Programs that fit one multiprocessor at a time.
+    registers : int
+        Most registers a thread may use in plain decoding. Said outright: left alone, ptxas takes more than it needs,
+        or spills a little to fit more programs. On sm_90, 152 for the 128-row tile of 256 threads leave room for two
+        16-row programs of 64 threads and 168 registers beside it, which is what makes launches overlap.
     """
 
     block_m: int
@@ -38,14 +42,11 @@ class Tile:
     num_stages: int
     loop_tail: bool = False
     resident: int = 1
+    registers: int = 255
 
     def max_registers(self, plain: bool) -> int:
-        """Registers a thread may use. Said outright: left alone, ptxas spills a little to fit more programs.
-
-        `plain` decoding, contiguous and without masks, keeps to what lets `resident` programs fit; the rest takes
-        what it needs.
-        """
-        return min(255, 65536 // (32 * self.num_warps * (self.resident if plain else 1)) // 8 * 8)
+        """Return the cap for a launch; `plain` decoding is contiguous and without masks."""
+        return self.registers if plain else 255
 
 
 # (architecture family, padded head dimension) -> tiles by rising block_m, for 2-byte types
@@ -55,7 +56,12 @@ _HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 128): (Tile(16, 64, 4, 3, False, 2), Tile(64, 64, 8, 2, True), Tile(128, 32, 8, 3, True)),
     (80, 256): (Tile(16, 32, 8, 2, True), Tile(64, 32, 8, 2, True)),
     (90, 64): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
-    (90, 128): (Tile(16, 32, 2, 3, False, 6), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
+    (90, 128): (
+        Tile(16, 32, 2, 3, False, 6, registers=168),
+        Tile(64, 64, 4, 3, False, 2),
+        Tile(128, 64, 8, 3, registers=152),
+    ),
+    (100, 128): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
     (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 16, 8, 2, True)),
     (100, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2)),
 }
@@ -74,8 +80,12 @@ _FLOAT_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 }
 # Keys per split under batch_invariant: fixed, so that no neighbour in the batch moves a boundary.
 INVARIANT_SPLIT = 2048
-# A split below this costs more in partials and merging than it gives in parallel work.
-_MIN_SPLIT = 256
+# Start and end of a program: table, queries, first keys; the partial.
+_PROGRAM_SECONDS = 3e-6
+# Share of the device's peak that a compute-bound tile reaches.
+_COMPUTE_EFFICIENCY = 0.6
+# Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of memory.
+_PROGRAM_BANDWIDTH = 40e9
 
 
 def tiles_for(target: Target, head_dim: int, head_dim_v: int, itemsize: int) -> tuple[Tile, ...]:
@@ -114,52 +124,97 @@ def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool)
     return np.minimum(np.searchsorted(heights, rows), len(tiles) - 1)
 
 
-def heads_per_program(num_tok: IntArray, kv_lens: IntArray, group_size: int, num_kv_heads: int, tile: Tile) -> int:
+def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: float, target: Target) -> bool:
+    """Return whether segments for the largest tile do better on the one below, which leaves more room beside it.
+
+    So it is where they last no longer than the memory traffic that runs beside them and are short: measured on an
+    H200 with heads 32/8 and head_dim 128, batch 256 over 4,096 keys 67 against 78 us, batch 64 28 against 32; but
+    54 against 62 where batch 64 meets 16,384 keys, and 241 against 261 for heads 32/32, batch 256, 16,384 keys.
+
+    Parameters
+    ----------
+    kv_lens, blocks : int64 [segments]
+        Keys, and programs of the tile below, of each segment.
+    shared, alone : float
+        Seconds of compute for these segments, and of memory traffic for the rest, at the device's peak.
+    """
+    return shared < alone and int((kv_lens * blocks).sum()) <= 4096 * target.num_sms
+
+
+def heads_per_program(
+    num_tok: IntArray, kv_lens: IntArray, group_size: int, num_kv_heads: int, tile: Tile, target: Target
+) -> int:
     """Return how many KV heads one program of a tile serves: several share the smallest tile instead of padding it.
 
-    The most heads that still read (nearly) the fewest keys: where a segment has several query tokens, too many heads
-    would split its rows over tiles, each of which reads the keys again.
+    The most heads that still read (nearly) the fewest keys, since where a segment has several query tokens too many
+    heads would split its rows over tiles, each of which reads the keys again; and that leave programs enough to fill
+    the device.
     """
     if tile.block_m > 16:
         return 1
     counts = [h for h in (1, 2, 4, 8, 16) if h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4]
-    reads = [int((kv_lens * -(-num_tok * h * group_size // tile.block_m)).sum()) for h in counts] or [0]
-    return max((h for h, r in zip(counts, reads, strict=False) if r <= 1.05 * min(reads)), default=1)
+    blocks = [-(-num_tok * h * group_size // tile.block_m) for h in counts]
+    reads = [int((kv_lens * block).sum()) for block in blocks]
+    good = [
+        h
+        for h, read, block in zip(counts, reads, blocks, strict=True)
+        if read <= 1.05 * min(reads) and int(block.sum()) * (num_kv_heads // h) >= 3 * target.num_sms
+    ]
+    return max(good, default=1)
 
 
 def split_size(
-    kv_lens: IntArray, programs: IntArray, tile: Tile, target: Target, batch_invariant: bool
+    kv_lens: IntArray,
+    programs: IntArray,
+    tile: Tile,
+    target: Target,
+    batch_invariant: bool,
+    *,
+    flops_per_key: float,
+    bytes_per_key: float,
+    seconds_per_split: float,
+    beside: float,
 ) -> int:
     """Return the most keys that one program attends to, a multiple of `tile.block_n`.
 
-    A small batch over a long prefix leaves most of the device idle unless the prefix is split over programs.
-    The time is modelled as waves of programs, each as long as the longest split, plus the traffic of the
-    partials that splitting adds.
+    A small batch over a long prefix leaves most of the device idle unless the prefix is split over programs; but
+    every split costs a partial per row.
 
     Parameters
     ----------
     kv_lens : int64 [segments]
         Keys in each segment that is attended with this tile.
     programs : int64 [segments]
-        Programs per split of each segment (row blocks x KV heads).
+        Programs per split of each segment (row blocks x blocks of KV heads).
+    flops_per_key, bytes_per_key : float
+        Of one program.
+    seconds_per_split : float
+        What one more split of all segments costs in partials written and read.
+    beside : float
+        Seconds of memory traffic that other launches have beside this one: being faster than they are gains nothing,
+        and one program per multiprocessor leaves them room.
     """
     if batch_invariant:
         return INVARIANT_SPLIT
     longest = int(kv_lens.max())
-    slots = target.num_sms * tile.resident
+    slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
+    compute = flops_per_key * slots / (_COMPUTE_EFFICIENCY * target.flops)  # seconds per key of a busy device
+    latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
     best, best_time = longest, float("inf")
     for num_splits in range(1, 129):
-        size = -(-longest // num_splits)
-        size = -(-size // tile.block_n) * tile.block_n
-        if num_splits > 1 and size < min(_MIN_SPLIT, 4 * tile.block_n):
+        size = -(-(-(-longest // num_splits)) // tile.block_n) * tile.block_n
+        if num_splits > 1 and size < 4 * tile.block_n:
             break
         splits = -(-kv_lens // size)
         total = int((programs * splits).sum())
-        waves = max(1.0, total / slots)
-        if total < 8 * slots:  # few programs: a partly filled last wave is felt in full
-            waves = float(-(-total // slots))
-        # writing and reading a partial costs about as much as attending to some tens of keys
-        time = waves * (size + 24 + 8 * (num_splits > 1)) + 4.0 * num_splits
+        traffic = float((programs * kv_lens).sum()) * bytes_per_key / target.bandwidth
+        # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
+        waves = -(-total // slots) if total < 8 * slots else total / slots
+        if tile.block_m > 16:
+            busy = waves * (size * compute + _PROGRAM_SECONDS)
+        else:
+            busy = max(traffic, waves * (size * latency + _PROGRAM_SECONDS))
+        time = max(busy, beside) + num_splits * seconds_per_split
         if time < best_time * 0.97:
             best, best_time = size, time
     return -(-best // tile.block_n) * tile.block_n
