@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -56,6 +56,11 @@ class KVLens:
         return lens
 
 
+def on_device(lens: object) -> TypeGuard[Tensor]:
+    """Whether lengths or offsets live where reading them would make the host wait."""
+    return isinstance(lens, Tensor) and lens.device.type != "cpu"
+
+
 def check_kv_lens(
     kv_lens: object, tree: PrefixTree, nodes: NodeKV, device: torch.device, validate: bool
 ) -> KVLens:
@@ -70,18 +75,18 @@ def check_kv_lens(
     else:
         given = _by_level(kv_lens, tree, nodes)
     planned = nodes.capacity.copy()
-    on_device = []
+    there = []
     for indices, lens, name in given:
         capacity = nodes.capacity[indices]
-        if isinstance(lens, Tensor) and lens.device.type != "cpu":
+        if on_device(lens):
             _check_device(lens, capacity, name, device, validate)
             if indices.size:
-                on_device.append((indices, lens))
+                there.append((indices, lens))
         else:
             array = as_int_vector(lens, name)
             _check_host(array, capacity, name)
             planned[indices] = array
-    return KVLens(planned, tuple(on_device))
+    return KVLens(planned, tuple(there))
 
 
 def _by_level(kv_lens: object, tree: PrefixTree, nodes: NodeKV) -> list[tuple[IntArray, object, str]]:

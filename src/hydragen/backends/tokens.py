@@ -46,7 +46,8 @@ def locate(plan: Plan, call: Call) -> Tokens:
         return Tokens(constants.token, pos, start, kv_lens)
     token, q_lens = constants.token, constants.q_lens
     if call.cu_seqlens_q is not None:
-        offsets = call.cu_seqlens_q.to(torch.int32)
+        # clamped, as lengths are: offsets that are wrong must not become addresses outside of q and out
+        offsets = call.cu_seqlens_q.clamp(0, call.q.shape[0]).to(torch.int32)
         q_lens = offsets.diff()
         filled = constants.within < q_lens[constants.row]
         token = torch.where(filled, offsets[:-1][constants.row] + constants.within, -1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hydragen.host_ints import IntArray, as_int_vector, frozen
+from hydragen.lengths import on_device
 from hydragen.validation.tensors import shown
 
 
@@ -55,7 +56,7 @@ def check_queries(q: Tensor, cu_seqlens_q: object, max_seqlen_q: object, validat
             "q must have shape [total_q, num_q_heads, head_dim] when cu_seqlens_q is given, got "
             f"{list(q.shape)}; leave cu_seqlens_q out for [batch, q_len, num_q_heads, head_dim]"
         )
-    if isinstance(cu_seqlens_q, Tensor) and cu_seqlens_q.device.type != "cpu":
+    if on_device(cu_seqlens_q):
         return _check_device_offsets(q, cu_seqlens_q, max_seqlen_q, validate)
     cu = check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "q")
     lens = np.diff(cu)

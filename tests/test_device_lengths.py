@@ -1,0 +1,158 @@
+"""Lengths that live on the device: never read, clamped to the capacity, and one plan for all of them.
+
+On a CPU, tensors count as host lengths; here they are made to count as the device's, so that the code that
+serves a GPU runs in the interpreter and in the reference as well.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from judged import attend, check
+from torch import Tensor
+
+import hydragen
+from hydragen import api, lengths
+from hydragen.testing import Problem, assert_within_budget, view
+from hydragen.validation import queries
+
+PROBLEM = Problem(
+    parents=(-1, 0, 0, 1),
+    kv_lens=(37, 5, 0, 20),
+    row_to_node=(3, 2, 1, 2),
+    q_lens=(3, 1, 2, 1),
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    head_dim_v=8,
+    sharpness="peaked",
+)
+OPTIONS = [{}, {"causal": True}, {"causal": True, "window": 9, "sinks": True, "softcap": 9.0}]
+OPTION_NAMES = ["plain", "causal", "everything"]
+
+
+@pytest.fixture(autouse=True)
+def tensors_count_as_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (lengths, queries):
+        monkeypatch.setattr(module, "on_device", lambda x: isinstance(x, Tensor))
+    api._PLANS.clear()
+    yield
+    api._PLANS.clear()
+
+
+def on(device: torch.device, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
+def test_packed(options: dict[str, Any], backend: str, device: torch.device) -> None:
+    problem = replace(PROBLEM, **options)
+    kv_lens = on(device, problem.kv_lens)
+    check(problem, backend, device, spare=3, kv_lens=kv_lens, cu_seqlens_q=[0, 3, 4, 6, 7])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
+def test_levels(options: dict[str, Any], backend: str, device: torch.device) -> None:
+    problem = replace(PROBLEM, **options)
+    kv_lens = [on(device, [37], torch.int64), on(device, [5, 0]), [20]]
+    check(problem, backend, device, layout="levels", spare=3, kv_lens=kv_lens, cu_seqlens_q=[0, 3, 4, 6, 7])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_lengths_out_of_range_are_clamped(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    large = torch.iinfo(dtype).max
+    clamped = replace(PROBLEM, kv_lens=(37, 20, 0, 20))
+    inputs = clamped.tensors()
+    cu_seqlens_q = [0, 3, 4, 6, 7]
+    for layout in ("packed", "levels"):
+        given = [large, large, -7, 21]
+        kv_lens: Any = on(device, given, dtype)
+        if layout == "levels":
+            # its second level has room for 20 tokens per node
+            kv_lens = [on(device, lens, dtype) for lens in (given[:1], [large, -large], given[3:])]
+        check(clamped, backend, device, inputs, layout=layout, kv_lens=kv_lens, cu_seqlens_q=cu_seqlens_q)
+
+
+def test_nodes_not_numbered_by_level(backend: str, device: torch.device) -> None:
+    problem = replace(PROBLEM, parents=(-1, 0, -1, 1, 2), kv_lens=(9, 20, 17, 3, 2), row_to_node=(3, 4, 2, 1))
+    kv_lens = [on(device, [9, 17]), on(device, [20, 2]), None]
+    for _ in range(2):
+        check(problem, backend, device, layout="levels", kv_lens=kv_lens, cu_seqlens_q=[0, 3, 4, 6, 7])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
+@pytest.mark.parametrize("max_seqlen_q", [3, 8])
+def test_offsets_of_queries(
+    max_seqlen_q: int, options: dict[str, Any], backend: str, device: torch.device
+) -> None:
+    problem = replace(PROBLEM, **options)
+    offsets = on(device, [0, 3, 4, 6, 7])
+    check(problem, backend, device, cu_seqlens_q=offsets, max_seqlen_q=max_seqlen_q)
+    kv_lens = on(device, problem.kv_lens)
+    check(problem, backend, device, spare=2, kv_lens=kv_lens, cu_seqlens_q=offsets, max_seqlen_q=max_seqlen_q)
+
+
+def test_rows_without_queries(backend: str, device: torch.device) -> None:
+    problem = replace(PROBLEM, q_lens=(3, 2), row_to_node=(3, 1), causal=True)
+    tree = hydragen.PrefixTree.from_parents(problem.parents, row_to_node=(0, 3, 2, 1, 1))
+    offsets = on(device, [0, 0, 3, 3, 5, 5], torch.int64)
+    check(problem, backend, device, tree=tree, cu_seqlens_q=offsets, max_seqlen_q=4)
+
+
+def test_batch_invariant(backend: str, device: torch.device) -> None:
+    problem = replace(PROBLEM, causal=True, sinks=True)
+    arguments = {"kv_lens": on(device, problem.kv_lens), "spare": 3, "batch_invariant": True}
+    out, lse = check(problem, backend, device, **arguments, cu_seqlens_q=[0, 3, 4, 6, 7])
+    again = check(
+        problem, backend, device, **arguments, cu_seqlens_q=on(device, [0, 3, 4, 6, 7]), max_seqlen_q=5
+    )
+    assert torch.equal(out, again[0])
+    assert torch.equal(lse, again[1])
+
+
+def test_one_plan_for_all_lengths(backend: str, device: torch.device) -> None:
+    """A decode loop: the suffixes grow from step to step, in place."""
+    problem = replace(PROBLEM, parents=(-1, 0, 0), kv_lens=(20, 18, 18), row_to_node=(1, 2), q_lens=(1, 1))
+    inputs = problem.tensors(device)
+    seen = view(problem, inputs, "levels")
+    for step, lens in enumerate([(0, 0), (1, 0), (17, 18)]):
+        state = hydragen.attention(
+            seen.q,
+            seen.kv,
+            tree=seen.tree,
+            kv_lens=[None, on(device, lens)],
+            return_lse=True,
+            backend=backend,
+            causal=True,
+        )
+        k, v = (
+            torch.cat([x[:20], x[20 : 20 + lens[0]], x[38 : 38 + lens[1]]]).cpu()
+            for x in (inputs.k, inputs.v)
+        )
+        now = replace(problem, kv_lens=(20, *lens), causal=True)
+        offsets = torch.tensor([0, 20, 20 + lens[0], 20 + sum(lens)]).int()
+        given = replace(inputs.to("cpu"), k=k, v=v, cu_seqlens_k=offsets)
+        assert_within_budget(now, seen.packed(state.out), seen.packed(state.lse), inputs=given)
+        assert len(api._PLANS) == 1, f"another plan at step {step}"
+
+
+def test_validate_reads_them(device: torch.device) -> None:
+    arguments = {"cu_seqlens_q": [0, 3, 4, 6, 7], "validate": True}
+    attend(PROBLEM, "reference", device, kv_lens=on(device, PROBLEM.kv_lens), **arguments)
+    with pytest.raises(ValueError, match=r"kv_lens must not exceed .* got 38 at index 0 where kv has 37"):
+        attend(PROBLEM, "reference", device, kv_lens=on(device, [38, 5, 0, 20]), **arguments)
+    arguments["cu_seqlens_q"] = on(device, [0, 3, 4, 6, 7])
+    with pytest.raises(ValueError, match=r"max_seqlen_q must be at least .* 3, got 2"):
+        attend(PROBLEM, "reference", device, max_seqlen_q=2, **arguments)
+
+
+def test_offsets_out_of_range_stay_in_memory(backend: str, device: torch.device) -> None:
+    """Rows that the offsets describe rightly come out right; the others write nowhere outside of out."""
+    inputs = PROBLEM.tensors(device)
+    out, lse = attend(PROBLEM, backend, device, inputs, cu_seqlens_q=[0, 3, 4, 6, 7])
+    for bad in ([0, 3, 4, 6, 10**6], [0, 3, 4, 10**6, 2**31 - 1], [0, 3, 4, -9, -5]):
+        got = attend(PROBLEM, backend, device, inputs, cu_seqlens_q=on(device, bad), max_seqlen_q=3)
+        assert torch.equal(got[0][:4], out[:4])
+        assert torch.equal(got[1][:4], lse[:4])
