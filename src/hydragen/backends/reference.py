@@ -123,7 +123,7 @@ def _blocks_of_one_row(plan: Plan, call: Call, tokens: Tokens) -> Iterator[decom
     ends = np.flatnonzero(np.diff(queries.row, append=-1)) + 1
     for begin, end in zip(np.append(0, ends[:-1]), ends, strict=True):
         # with a token of padding: a batch of one row, whose tokens are all there are, goes the same way
-        attended = torch.arange(begin, end + 1, device=device)
+        attended = torch.arange(int(begin), int(end) + 1, device=device)
         if tokens.token is not None:
             attended = tokens.token[attended.clamp(max=queries.token.size - 1)].long()
         attended[-1] = -1
