@@ -9,6 +9,7 @@ small.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def attend(
             window,
             softcap,
         )
-        with torch.autocast(q.device.type, enabled=False):  # it would round float32 operands
+        with _no_autocast(q):
             if needs_grad:
                 return State(*_RecomputedTile.apply(*tile))  # type: ignore[no-untyped-call]  # PyTorch's
             return _attend_tile(*tile)
@@ -151,38 +152,26 @@ def _attend_tile(
     running_max = torch.full_like(running_sum, limits.min)  # finite: a score of -inf less this is no NaN
     for start in range(0, kv_len, KEYS_PER_CHUNK):
         stop = min(start + KEYS_PER_CHUNK, kv_len)
-        keys = torch.arange(start, stop, device=q.device)
-        hidden = []  # masks that broadcast to [num_segments, num_tokens, keys]
-        unused = None
-        if kv_lens is not None:
-            unused = keys >= kv_lens[:, None]  # [num_segments, keys]
-            hidden.append(unused[:, None])
+        unused, hidden = _masks(start, stop, kv_lens, q_pos, k_start, causal, window)
         k_chunk = _heads_first(k[:, start:stop], q.dtype, unused)  # [matrices, keys, head_dim]
         v_chunk = _heads_first(v[:, start:stop], q.dtype, unused)
-        if q_pos is not None:
-            k_pos = keys if k_start is None else (k_start[:, None] + keys)[:, None]
-            distance = q_pos[..., None] - k_pos  # [num_segments, num_tokens, keys]
-            if causal:
-                hidden.append(distance < 0)
-            if window is not None:
-                hidden.append(distance >= window)
 
         scores = torch.bmm(q_rows, k_chunk.transpose(1, 2))  # [matrices, rows, keys]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        by_token = scores.view(num_segments, num_kv_heads, num_tokens, group_size, stop - start)
         for mask in hidden:
+            by_token = scores.view(num_segments, num_kv_heads, num_tokens, group_size, stop - start)
             by_token.masked_fill_(mask[:, None, :, None], -torch.inf)
 
         # The shift by the maximum cancels out of the result, so no gradient needs to pass through it.
         chunk_max = scores.detach().amax(-1, keepdim=True).clamp(max=limits.max)
         new_max = torch.maximum(running_max, chunk_max)
-        weights = _exp_(scores.sub_(new_max))  # in place: fresh memory takes as long as the arithmetic
+        weights = _exp_(scores.sub_(new_max))  # in place: fresh memory would take as long as the arithmetic
         rescale = _exp_(running_max - new_max)
-        running_sum = running_sum * rescale + weights.sum(-1, keepdim=True)
-        acc = torch.baddbmm(acc * rescale, weights, v_chunk)
+        running_sum.mul_(rescale).add_(weights.sum(-1, keepdim=True))
+        acc.mul_(rescale).baddbmm_(weights, v_chunk)
         running_max = new_max
-        del scores, by_token, weights
+        del scores, weights  # so that the next chunk gets the same memory
 
     # A row that saw a key has a sum of at least exp(0) = 1, so the clamp concerns only rows that saw none.
     divisor = running_sum.clamp(min=1.0)
@@ -191,6 +180,33 @@ def _attend_tile(
     out = out.view(num_segments, num_kv_heads, num_tokens, group_size, head_dim_v)
     lse = lse.view(num_segments, num_kv_heads, num_tokens, group_size)
     return State(out.transpose(1, 2).flatten(2, 3), lse.transpose(1, 2).flatten(2, 3))
+
+
+def _masks(
+    start: int,
+    stop: int,
+    kv_lens: Tensor | None,
+    q_pos: Tensor | None,
+    k_start: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Which keys are unused, [num_segments, keys]; all masks, each [num_segments, 1 or num_tokens, keys]."""
+    unused: Tensor | None = None
+    hidden: list[Tensor] = []
+    if kv_lens is not None:
+        unused = torch.arange(start, stop, device=kv_lens.device) >= kv_lens[:, None]
+        hidden.append(unused[:, None])
+    if q_pos is not None and (causal or window is not None):
+        k_pos = torch.arange(start, stop, device=q_pos.device)[None]
+        if k_start is not None:
+            k_pos = k_start[:, None] + k_pos
+        distance = q_pos[:, :, None] - k_pos[:, None]
+        if causal:
+            hidden.append(distance < 0)
+        if window is not None:
+            hidden.append(distance >= window)
+    return unused, hidden
 
 
 class _RecomputedTile(torch.autograd.Function):
@@ -207,11 +223,18 @@ class _RecomputedTile(torch.autograd.Function):
     def backward(ctx: Any, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *positions = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()  # for second derivatives
-        with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.enable_grad(), _no_autocast(q):
             inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
             state = _attend_tile(*inputs, *positions, *ctx.options)
         grads = torch.autograd.grad(state, inputs, grad_state, create_graph=create_graph)
         return *grads, *[None] * (len(positions) + len(ctx.options))
+
+
+def _no_autocast(q: Tensor) -> AbstractContextManager[None]:
+    """Autocast would round the operands of matrix products to half precision. Not every device has it."""
+    if torch.amp.is_autocast_available(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return nullcontext()
 
 
 def _exp_(x: Tensor) -> Tensor:
