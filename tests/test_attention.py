@@ -1,5 +1,6 @@
 """hydragen.attention against the float64 oracle: structures, options, heads, dtypes, on every backend."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from judged import attend, check
 
 import hydragen
+import hydragen.plan
+from hydragen import api
 from hydragen.testing import Problem, view
 
 BASE = Problem(
@@ -32,7 +35,7 @@ def decode(parents: tuple[int, ...], kv_lens: tuple[int, ...], row_to_node: tupl
 STRUCTURES = {
     "one row, one node": decode((-1,), (5,), (0,)),
     "one token": decode((-1,), (1,), (0,)),
-    "nothing to attend": decode((-1,), (0,), (0, 0)),
+    "nothing to attend": replace(decode((-1,), (0,), (0, 0)), head_dim_v=24),
     "one node, several rows": decode((-1,), (33,), (0, 0, 0)),
     "prefix and suffixes": decode((-1, 0, 0, 0), (40, 7, 1, 16), (1, 2, 3)),
     "empty prefix": decode((-1, 0, 0), (0, 3, 17), (1, 2)),
@@ -102,6 +105,36 @@ def test_structure(name: str, backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure_in_levels(name: str, backend: str, device: torch.device) -> None:
     check(STRUCTURES[name], backend, device, layout="levels", spare=2)
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Splits of 16 keys, whatever would be fastest."""
+    monkeypatch.setattr(hydragen.plan, "split_size", lambda *_, **__: 16)
+    api._PLANS.clear()
+    yield
+    api._PLANS.clear()
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize(
+    "name", ["one token", "around tile borders", "a prefix that is split", "nothing to attend"]
+)
+def test_structure_in_splits(name: str, backend: str, device: torch.device) -> None:
+    check(STRUCTURES[name], backend, device)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize(
+    "name", ["causal over a long prefill", "everything", "very negative logits and sinks"]
+)
+def test_options_in_splits(name: str, backend: str, device: torch.device) -> None:
+    problem = replace(BASE, **OPTIONS[name])
+    check(problem, backend, device)
+    (plan,) = api._PLANS.values()
+    splits = [-(-kv_len // 16) for kv_len in problem.kv_lens]
+    per_row = [sum(splits[node] for node in problem.path(row)) for row in range(problem.num_rows)]
+    assert plan.work.num_partials == sum(n * q_len for n, q_len in zip(per_row, problem.q_lens, strict=True))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
