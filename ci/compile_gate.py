@@ -100,7 +100,7 @@ def compile_case(case: Case) -> Any:
         "q_len": 1, "stride_qd": 1, "GROUP_SIZE": GROUP_SIZE, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": padded(head_dim, itemsize), "BLOCK_DV": padded(head_dim, itemsize),
         "CONTIGUOUS": not variant.get("STRIDED"), "NUM_KV_HEADS": NUM_KV_HEADS, "HEADS_FIRST": tile.block_m <= 16,
-        "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 else 1, "PDL": case.arch >= 90,
+        "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1, "PDL": case.arch >= 90,
         "FOLD_SCALE": variant.get("FOLD_SCALE", True), "NUM_STAGES": tile.num_stages, "LOOP_TAIL": tile.loop_tail,
         "INTERPRET": False,
     }  # fmt: skip

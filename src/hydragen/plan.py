@@ -166,7 +166,13 @@ def find_segments(
         chosen = tile == index
         # one under batch_invariant, since how many rows share a tile is a matter of the others
         shared = 1 if batch_invariant else heads_per_program(
-            num_tok[chosen], kv_len[chosen], heads.group_size, heads.num_kv_heads, tiles[index], target
+            num_tok[chosen],
+            kv_len[chosen],
+            heads.group_size,
+            heads.num_kv_heads,
+            heads.itemsize,
+            tiles[index],
+            target,
         )
         together[chosen] = shared
         size[chosen] = split_size(

@@ -33,7 +33,7 @@ class Tile:
     registers : int
         Most registers a thread may use in plain decoding. Said outright: left alone, ptxas takes more than it needs,
         or spills a little to fit more programs. On sm_90, 152 for the 128-row tile of 256 threads leave room for two
-        16-row programs of 64 threads and 168 registers beside it, which is what makes launches overlap.
+        16-row programs of 64 threads and 192 registers beside it, which is what makes launches overlap.
     """
 
     block_m: int
@@ -57,7 +57,7 @@ _HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 256): (Tile(16, 32, 8, 2, True), Tile(64, 32, 8, 2, True)),
     (90, 64): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
     (90, 128): (
-        Tile(16, 32, 2, 3, False, 6, registers=168),
+        Tile(16, 32, 2, 3, False, 5, registers=192),
         Tile(64, 64, 4, 3, False, 2),
         Tile(128, 64, 8, 3, registers=152),
     ),
@@ -142,15 +142,21 @@ def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: flo
 
 
 def heads_per_program(
-    num_tok: IntArray, kv_lens: IntArray, group_size: int, num_kv_heads: int, tile: Tile, target: Target
+    num_tok: IntArray,
+    kv_lens: IntArray,
+    group_size: int,
+    num_kv_heads: int,
+    itemsize: int,
+    tile: Tile,
+    target: Target,
 ) -> int:
     """Return how many KV heads one program of a tile serves: several share the smallest tile instead of padding it.
 
     The most heads that still read (nearly) the fewest keys, since where a segment has several query tokens too many
     heads would split its rows over tiles, each of which reads the keys again; and that leave programs enough to fill
-    the device.
+    the device. One for float32, which has no registers to spare.
     """
-    if tile.block_m > 16:
+    if tile.block_m > 16 or itemsize == 4:
         return 1
     counts = [h for h in (1, 2, 4, 8, 16) if h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4]
     blocks = [-(-num_tok * h * group_size // tile.block_m) for h in counts]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,7 +74,7 @@ def padded(size: int, itemsize: int) -> int:
     At least 64 for the tensor cores' types: with 16 or 32 columns of values beside 64 of keys Triton 3.6 makes a wgmma
     kernel that reads past its shared memory (compute-sanitizer: invalid __shared__ read; head_dim 33, head_dim_v 20).
     """
-    return max(16 if INTERPRET or itemsize == 4 else 64, triton.next_power_of_2(size))
+    return max(16 if INTERPRET or itemsize == 4 else 64, 1 << (size - 1).bit_length())
 
 
 def _launch_attend(plan: Plan, call: Call, tokens: Tokens, index: int, items: Tensor, buffers: _Buffers) -> None:
@@ -160,7 +159,7 @@ def _launch_attend(plan: Plan, call: Call, tokens: Tokens, index: int, items: Te
 def _launch_merge(plan: Plan, call: Call, tokens: Tokens, tables: _Tables, buffers: _Buffers) -> None:
     """Launch the merge of every token's partials."""
     heads, sinks = plan.heads, call.options.sinks
-    block_h = min(MERGE_HEADS, triton.next_power_of_2(heads.num_q_heads))
+    block_h = min(MERGE_HEADS, 1 << (heads.num_q_heads - 1).bit_length())
     pdl = _dependent_launches(plan) and len(plan.work.launches) > 0
     token = tables.merge_indptr if tokens.token is None else tokens.token
     pointers = (

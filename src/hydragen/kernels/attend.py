@@ -17,12 +17,12 @@ ITEM_COLUMNS = tl.constexpr(9)
 
 @triton.jit
 def attend_block(
-    acc, running_max, running_sum, q, k_ptrs, v_ptrs, start, end, q_pos, kv_start, window, row_kv_head,
+    acc, running_max, running_sum, q, k_ptrs, v_ptrs, start, end, q_pos, kv_start, window, row_kv_head, only_head,
     scale_log2, softcap,
     stride_kt, stride_vt,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HEADS: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
+    MASKED: tl.constexpr, ISOLATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax over keys [start, start + BLOCK_N // HEADS); `k_ptrs`, `v_ptrs` are at key 0.
@@ -45,7 +45,10 @@ def attend_block(
         k = tl.load(k_ptrs, mask=d_ok[None, :], other=0.0)
     scores = dot(q, k.T, None, INTERPRET)  # [BLOCK_M, BLOCK_N]
     if MASKED:  # values past the end are cleared as well: 0 * NaN is NaN
-        v = tl.load(v_ptrs, mask=in_range[:, None] & dv_ok[None, :], other=0.0)
+        v_ok = in_range
+        if ISOLATE:  # and those of all heads but one
+            v_ok = v_ok & (columns % HEADS == only_head)
+        v = tl.load(v_ptrs, mask=v_ok[:, None] & dv_ok[None, :], other=0.0)
     elif HEAD_DIM_V == BLOCK_DV:
         v = tl.load(v_ptrs)
     else:
@@ -188,30 +191,45 @@ def attend(
         mid_hi = tl.maximum(mid_hi, mid_lo)
         for start in tl.range(lo, mid_lo, STEP, num_stages=1):
             acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
+                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head, -1,
                 scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
-                True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
+                True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
             )  # fmt: skip
     for start in tl.range(mid_lo, mid_hi, STEP, num_stages=NUM_STAGES):
         acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
+            acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head, -1,
             scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
-            False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
+            False, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
         )  # fmt: skip
     # The tail is peeled: a mask in the main loop would cost its registers (64x64: 158 against 234).
     if CAUSAL or WINDOW or LOOP_TAIL:
         for start in tl.range(mid_hi, end, STEP, num_stages=1):
             acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
+                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head, -1,
                 scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
-                True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
+                True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
             )  # fmt: skip
     elif mid_hi < end:
         acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, mid_hi, end, q_pos, kv_start, window, row_kv_head,
+            acc, running_max, running_sum, q, k_tile, v_tile, mid_hi, end, q_pos, kv_start, window, row_kv_head, -1,
             scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
-            True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
+            True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
         )  # fmt: skip
+
+    if HEADS > 1:
+        # A weight of 0 times another head's NaN or infinite value is NaN. Rare: then each head once more, alone.
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+            for only_head in range(HEADS):
+                own_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+                own_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+                own_sum = tl.zeros([BLOCK_M], tl.float32)
+                for start in tl.range(lo, end, STEP, num_stages=1):
+                    own_acc, own_max, own_sum = attend_block(
+                        own_acc, own_max, own_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
+                        only_head, scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D,
+                        BLOCK_DV, HEADS, True, True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
+                    )  # fmt: skip
+                acc = tl.where((row_kv_head == only_head)[:, None], own_acc, acc)
 
     if FINAL:
         if HAS_SINKS:
