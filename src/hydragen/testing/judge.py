@@ -1,0 +1,173 @@
+"""Verdicts: is an implementation's result within the error budget of the oracle?
+
+An implementation is a function ``(problem, inputs) -> out`` or ``(problem, inputs) -> (out, lse)``:
+
+>>> def my_kernel_under_test(problem, inputs):  # doctest: +SKIP
+...     return my_attention(inputs.q, inputs.k, inputs.v, problem.parents, scale=problem.logit_scale)
+>>> @given(problems(causal=False))  # doctest: +SKIP
+... def test_my_kernel(problem):
+...     assert_within_budget(problem, *run(my_kernel_under_test, problem))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hydragen.testing.budget import Oracle, RowBudget, compute_budgets, compute_oracle, errors
+from hydragen.testing.inputs import Inputs
+from hydragen.testing.problem import Problem
+
+Implementation: TypeAlias = Callable[[Problem, Inputs], Tensor | tuple[Tensor, Tensor | None]]
+"""``out`` [total_q, num_q_heads, head_dim_v] and, if it has one, ``lse`` [total_q, num_q_heads]."""
+
+
+def run(
+    implementation: Implementation, problem: Problem, inputs: Inputs | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Run an implementation on CPU tensors of a problem, and see that it leaves them as they were.
+
+    Returns
+    -------
+    out, lse
+        As the implementation returned them, moved to the CPU; ``lse`` is None if there is none.
+
+    Raises
+    ------
+    TypeError
+        If the result is neither a tensor nor a pair of tensors.
+    AssertionError
+        If an input was modified.
+    """
+    __tracebackhide__ = True
+    given = problem.tensors() if inputs is None else inputs
+    lent = given.clone()
+    result = implementation(problem, lent)
+    for name in ("q", "k", "v", "sinks"):
+        before, after = getattr(given, name), getattr(lent, name)
+        if before is not None and bool(errors(after, before).any()):
+            raise AssertionError(f"{name} was modified by the implementation\n{_about(problem)}")
+    out, lse = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    for name, value in (("out", out), ("lse", lse)):
+        if not isinstance(value, Tensor) and not (name == "lse" and value is None):
+            raise TypeError(
+                "an implementation must return out or (out, lse) as tensors, "
+                f"got {type(value).__name__} for {name}"
+            )
+    return out.detach().cpu(), None if lse is None else lse.detach().cpu()
+
+
+def oracle(problem: Problem, inputs: Inputs | None = None) -> Oracle:
+    """The oracle's ``out`` and ``lse`` for a problem's tensors, or for others of the same shapes."""
+    return _judge(problem, inputs)[0]
+
+
+def budget(problem: Problem, inputs: Inputs | None = None) -> list[RowBudget]:
+    """The error budget of each row."""
+    return _judge(problem, inputs)[1]
+
+
+@lru_cache(maxsize=16)
+def _judge(problem: Problem, inputs: Inputs | None) -> tuple[Oracle, list[RowBudget]]:
+    # Inputs compare by identity, and the cache keeps them alive: others cannot be mistaken for them.
+    given = (problem.tensors() if inputs is None else inputs).to("cpu")
+    expected = compute_oracle(problem, given)
+    return expected, compute_budgets(problem, given, expected)
+
+
+def assert_within_budget(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor | None = None,
+    *,
+    inputs: Inputs | None = None,
+    expected: tuple[Tensor, Tensor] | None = None,
+    law: str = "matches the oracle",
+) -> None:
+    """Assert that a result is as close to the oracle as its budget demands.
+
+    Checks dtype, then shape, then values. Equal infinities are required; NaN passes only where the oracle has
+    NaN.
+
+    Parameters
+    ----------
+    problem
+        What was computed.
+    out
+        ``[total_q, num_q_heads, head_dim_v]`` in the problem's dtype.
+    lse
+        ``[total_q, num_q_heads]``, float32 (float64 for float64), natural log; None to leave it unjudged.
+    inputs
+        The tensors it was computed from, if not ``problem.tensors()``.
+    expected
+        ``(out, lse)`` in float64 to compare with in place of the oracle's result; the budget stays the
+        problem's.
+    law
+        What should hold, for the message.
+
+    Raises
+    ------
+    AssertionError
+        If the result is outside of the budget; says where, by how much, and for which problem.
+    """
+    __tracebackhide__ = True
+    judged, budgets = _judge(problem, inputs)
+    expected_out, expected_lse = (judged.out, judged.lse) if expected is None else expected
+    about = _about(problem, law, own_tensors=inputs is not None)
+    state_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    _assert_like("out", out, problem.dtype, expected_out.shape, about)
+    if lse is not None:
+        _assert_like("lse", lse, state_dtype, expected_lse.shape, about)
+    _assert_close("out", problem, out.detach().cpu(), expected_out, budgets, about)
+    if lse is not None:
+        _assert_close("lse", problem, lse.detach().cpu(), expected_lse, budgets, about)
+
+
+def _assert_like(name: str, got: Tensor, dtype: torch.dtype, shape: torch.Size, about: str) -> None:
+    __tracebackhide__ = True
+    if got.dtype != dtype:
+        raise AssertionError(f"{name}.dtype is {got.dtype}, but should be {dtype}\n{about}")
+    if got.shape != shape:
+        raise AssertionError(f"{name}.shape is {tuple(got.shape)}, but should be {tuple(shape)}\n{about}")
+
+
+def _assert_close(
+    name: str, problem: Problem, got: Tensor, expected: Tensor, budgets: list[RowBudget], about: str
+) -> None:
+    __tracebackhide__ = True
+    row_of_token = torch.repeat_interleave(torch.arange(problem.num_rows), torch.tensor(problem.q_lens))
+    allowed_in_row = torch.tensor([getattr(row, name) for row in budgets], dtype=torch.float64)
+    allowed = allowed_in_row[row_of_token].reshape(-1, *[1] * (got.dim() - 1)).expand(got.shape)
+    error = errors(got, expected)
+    outside = ~(error <= allowed)
+    if not bool(outside.any()):
+        return
+    ratio = (error / allowed).masked_fill(~outside, 0.0)
+    worst = int(ratio.argmax())
+    token, head, *dim = (int(index) for index in torch.unravel_index(torch.tensor(worst), got.shape))
+    row = int(row_of_token[token])
+    query = token - sum(problem.q_lens[:row])
+    where = f"row {row}, query {query}, head {head}" + (f", dim {dim[0]}" if dim else "")
+    place = (token, head, *dim)
+    raise AssertionError(
+        f"{name} is outside of the error budget at {where}\n"
+        f"  got       {float(got[place]):.9g}\n"
+        f"  expected  {float(expected[place]):.9g}\n"
+        f"  error     {float(error[place]):.3g} = {float(ratio[place]):.3g} x the budget\n"
+        f"  budget    {float(allowed[place]):.3g} = {budgets[row].explain(name)}\n"
+        f"  extent    {int(outside.sum())} of {outside.numel()} values outside\n"
+        f"{about}"
+    )
+
+
+def _about(problem: Problem, law: str = "", *, own_tensors: bool = False) -> str:
+    lines = [f"  law       {law}"] if law else []
+    lines.append(f"  problem   {problem!r}")
+    if own_tensors:
+        lines.append("            with other tensors than problem.tensors()")
+    lines.append(f"            {problem}")
+    return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""Laws that every exact attention obeys, as functions of an implementation and a problem.
+
+Each law but the last three changes the problem in a way that must not change the result, runs the
+implementation on the changed problem, and compares with the oracle on the *unchanged* one: fast paths are
+never compared with one another alone. A law asserts and returns None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hydragen.testing import transforms
+from hydragen.testing.budget import errors
+from hydragen.testing.judge import Implementation, assert_within_budget, budget, oracle, run
+from hydragen.testing.problem import Problem
+from hydragen.testing.transforms import Case
+from hydragen.testing.views import Memory
+
+
+def matches_oracle(implementation: Implementation, problem: Problem) -> None:
+    """``out``, and ``lse`` where the implementation returns it, are within the error budget."""
+    __tracebackhide__ = True
+    assert_within_budget(problem, *run(implementation, problem))
+
+
+def cutting_changes_nothing(implementation: Implementation, problem: Problem, node: int, at: int) -> None:
+    """A segment may be cut in two anywhere, at its ends as well."""
+    __tracebackhide__ = True
+    case = transforms.cut(problem, problem.tensors(), node, at)
+    _expect_unchanged(implementation, problem, case, f"node {node} cut after {at} tokens changes nothing")
+
+
+def empty_segments_change_nothing(implementation: Implementation, problem: Problem, node: int) -> None:
+    """An empty segment below any node, or above all of them, changes nothing."""
+    __tracebackhide__ = True
+    inputs = problem.tensors()
+    below = transforms.splice_empty(problem, inputs, node)
+    _expect_unchanged(implementation, problem, below, f"an empty segment under node {node} changes nothing")
+    above = transforms.add_empty_root(problem, inputs)
+    _expect_unchanged(implementation, problem, above, "an empty segment above all nodes changes nothing")
+
+
+def unsharing_changes_nothing(implementation: Implementation, problem: Problem, node: int) -> None:
+    """Copying a segment into everything below it changes nothing."""
+    __tracebackhide__ = True
+    case = transforms.unshare(problem, problem.tensors(), node)
+    _expect_unchanged(
+        implementation, problem, case, f"node {node} copied into everything below changes nothing"
+    )
+
+
+def flattening_changes_nothing(implementation: Implementation, problem: Problem) -> None:
+    """A tree gives the same as its rows without any sharing."""
+    __tracebackhide__ = True
+    case = transforms.flatten(problem, problem.tensors())
+    _expect_unchanged(implementation, problem, case, "the tree equals its flattening")
+
+
+def permuting_rows_permutes_results(
+    implementation: Implementation, problem: Problem, order: Sequence[int]
+) -> None:
+    """Row ``order[i]`` moved to place i takes its result there."""
+    __tracebackhide__ = True
+    case = transforms.permute_rows(problem, problem.tensors(), order)
+    places = torch.argsort(transforms.query_tokens(problem, order))
+    _expect_unchanged(
+        implementation, problem, case, f"rows in the order {tuple(order)} give results in that order", places
+    )
+
+
+def unrelated_rows_change_nothing(implementation: Implementation, problem: Problem, other: Problem) -> None:
+    """Other sequences in the batch change nothing; ``other`` lends them its tree, lengths and seed."""
+    __tracebackhide__ = True
+    other = companion(problem, other)
+    case = transforms.add_unrelated(problem, problem.tensors(), other, other.tensors())
+    mine = slice(other.total_q, None)
+    _expect_unchanged(implementation, problem, case, f"unrelated rows change nothing: {other!r}", mine)
+
+
+def companion(problem: Problem, other: Problem) -> Problem:
+    """``other``'s tree, lengths and values with everything else as in ``problem``."""
+    changed = replace(
+        problem,
+        parents=other.parents,
+        kv_lens=other.kv_lens,
+        row_to_node=other.row_to_node,
+        q_lens=other.q_lens,
+        seed=other.seed,
+    )
+    capped = problem.softcap is not None or problem.scale == 0
+    return changed if capped else replace(changed, sharpness=other.sharpness)
+
+
+def strides_change_nothing(implementation: Implementation, problem: Problem, memory: Memory) -> None:
+    """Tensors may lie in memory in any way."""
+    __tracebackhide__ = True
+    case = (problem, problem.tensors().with_memory(memory))
+    _expect_unchanged(implementation, problem, case, f"{memory} tensors change nothing")
+
+
+def shifting_keys_shifts_lse(implementation: Implementation, problem: Problem, seed: int = 0) -> None:
+    """A constant vector added to every key leaves ``out`` as it is and moves ``lse`` as it moves the logits.
+
+    Keys and vector lie on a grid, so that their sum is exact in every dtype. Needs a problem without softcap
+    and sinks, which are not shifted along.
+    """
+    __tracebackhide__ = True
+    if problem.softcap is not None or problem.sinks:
+        raise ValueError(f"problem must have neither softcap nor sinks: {problem!r}")
+    inputs = problem.tensors()
+    before = replace(inputs, k=transforms.on_grid(inputs.k))
+    generator = torch.Generator().manual_seed(seed)
+    shape = (problem.num_kv_heads, problem.head_dim)
+    constant = transforms.on_grid(torch.randn(shape, generator=generator) * 2).to(problem.dtype)
+    after = replace(before, k=before.k + constant)
+    expected = oracle(problem, before)
+    shifted_lse = expected.lse + transforms.shift_of_logits(problem, inputs, constant)
+    out, lse = run(implementation, problem, after)
+    law = "a constant added to all keys changes nothing but lse"
+    assert_within_budget(problem, out, lse, inputs=after, expected=(expected.out, shifted_lse), law=law)
+
+
+def out_is_linear_in_v(implementation: Implementation, problem: Problem) -> None:
+    """``out`` for values 2a - b is twice ``out`` for a, less ``out`` for b."""
+    __tracebackhide__ = True
+    inputs = problem.tensors()
+    a = transforms.on_grid(inputs.v)
+    b = a.roll(1, 0).flip(-1)
+    parts = [(2.0, replace(inputs, v=a)), (-1.0, replace(inputs, v=b))]
+    combined = replace(inputs, v=2 * a - b)
+    law = "out is linear in v"
+    out, lse = run(implementation, problem, combined)
+    # Combine what the implementation says of a and b: a law of its results, not only of the oracle's.
+    total = torch.zeros(out.shape, dtype=torch.float64)
+    for factor, part in parts:
+        part_out, part_lse = run(implementation, problem, part)
+        assert_within_budget(problem, part_out, part_lse, inputs=part, law=law)
+        total += factor * part_out.double()
+    assert_within_budget(problem, out, lse, inputs=combined, law=law)
+    of_rows = zip(budget(problem, combined), *(budget(problem, part) for _, part in parts), strict=True)
+    allowed = [whole.out + 2 * of_a.out + of_b.out for whole, of_a, of_b in of_rows]
+    per_row = zip(errors(out, total).split(list(problem.q_lens)), allowed, strict=True)
+    for row, (error, limit) in enumerate(per_row):
+        if bool((error > limit).any()):
+            raise AssertionError(
+                f"{law}, but row {row} is off by {float(error.max()):.3g}, with at most {limit:.3g} allowed\n"
+                f"  {problem!r}"
+            )
+
+
+def runs_give_the_same_bits(implementation: Implementation, problem: Problem) -> None:
+    """Two runs on the same tensors give the same bits."""
+    __tracebackhide__ = True
+    inputs = problem.tensors()
+    first, second = run(implementation, problem, inputs), run(implementation, problem, inputs)
+    for name, one, other in zip(("out", "lse"), first, second, strict=True):
+        _assert_same_bits(name, one, other, f"two runs give the same bits\n  {problem!r}")
+
+
+def unrelated_rows_change_no_bits(implementation: Implementation, problem: Problem, other: Problem) -> None:
+    """Unrelated sequences do not change a bit: for implementations that promise batch invariance."""
+    __tracebackhide__ = True
+    inputs, other = problem.tensors(), companion(problem, other)
+    case = transforms.add_unrelated(problem, inputs, other, other.tensors())
+    alone, together = run(implementation, problem, inputs), run(implementation, *case)
+    for name, one, both in zip(("out", "lse"), alone, together, strict=True):
+        mine = None if both is None else both[other.total_q :]
+        _assert_same_bits(name, one, mine, f"unrelated rows change no bits: {other!r}\n  {problem!r}")
+
+
+def _expect_unchanged(
+    implementation: Implementation,
+    problem: Problem,
+    case: Case,
+    law: str,
+    places: Tensor | slice | None = None,
+) -> None:
+    """Compare a changed problem's result, at the old queries' ``places``, with the unchanged one's oracle."""
+    __tracebackhide__ = True
+    out, lse = run(implementation, *case)
+    if places is not None:
+        out, lse = out[places], None if lse is None else lse[places]
+    assert_within_budget(problem, out, lse, law=f"{law}\n  changed   {case[0]!r}")
+
+
+def _assert_same_bits(name: str, one: Tensor | None, other: Tensor | None, law: str) -> None:
+    __tracebackhide__ = True
+    if one is None or other is None:
+        return
+    differing = ~((one == other) | (one.isnan() & other.isnan()))
+    if bool(differing.any()):
+        raise AssertionError(f"{name} differs in {int(differing.sum())} of {one.numel()} values, but {law}")

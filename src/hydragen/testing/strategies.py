@@ -1,0 +1,264 @@
+"""Hypothesis strategies for problems that break attention kernels.
+
+Hard cases are drawn often, not by luck: `tests/test_testing_quality.py` holds each one to a share of the
+examples. Problems are built from lists (nodes as parent and length, rows as end and q_len), so that
+Hypothesis shrinks them by deleting nodes and rows and by making numbers smaller.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Collection, Sequence
+from typing import TypeVar
+
+import torch
+from hypothesis import strategies as st
+
+from hydragen.testing.problem import DTYPES, MAX_HEAD_DIM, SHARPNESS, Problem, Sharpness
+
+_T = TypeVar("_T")
+
+GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+HEAD_DIMS = (1, 2, 3, 5, 8, 16, 31, 32, 33, 64, 80, 96, 128, 129, 192, 256)
+TILE_SIZES = (16, 32, 64, 128)
+WINDOWS = (1, 2, 3, 15, 16, 17, 63, 64, 65)
+SOFTCAPS = (1.0, 5.0, 50.0)
+SCALES = (1.0, -0.5, 0.0)
+# Reduced modulo the number of choices: lists lose items and numbers shrink without regard to one another.
+_codes = st.integers(0, 10**6)
+
+
+def problems(
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+    sharpness: Sequence[Sharpness] = SHARPNESS,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    same_head_dim_v: bool = False,
+    group_sizes: Sequence[int] = GROUP_SIZES,
+    max_kv_heads: int = 2,
+    max_nodes: int = 8,
+    max_rows: int = 8,
+    max_q_len: int = 6,
+    max_kv: int = 150,
+    causal: bool | None = None,
+    window: bool | None = None,
+    softcap: bool | None = None,
+    scale: bool | None = None,
+    sinks: bool | None = None,
+) -> st.SearchStrategy[Problem]:
+    """Problems within the limits of an implementation.
+
+    Parameters
+    ----------
+    dtypes, sharpness, head_dims, group_sizes
+        What to choose from; the first shrinks best. ``group_sizes`` are query heads per KV head.
+    same_head_dim_v
+        Only problems with ``head_dim_v == head_dim``.
+    max_kv_heads, max_nodes, max_rows, max_q_len, max_kv
+        The most KV heads, segments, rows, queries of a row and KV tokens of a segment.
+    causal, window, softcap, scale, sinks
+        Whether the option is given: None for either, True for always, False for never.
+
+    Returns
+    -------
+    SearchStrategy[Problem]
+
+    Raises
+    ------
+    ValueError
+        If no problem lies within the limits, or a limit is out of range.
+    """
+    _check_choices("dtypes", dtypes, DTYPES)
+    _check_choices("sharpness", sharpness, SHARPNESS)
+    _check_choices("head_dims", head_dims, range(1, MAX_HEAD_DIM + 1))
+    _check_choices("group_sizes", group_sizes, range(1, 1025))
+    for name, limit, low in (
+        ("max_kv_heads", max_kv_heads, 1),
+        ("max_nodes", max_nodes, 1),
+        ("max_rows", max_rows, 1),
+        ("max_q_len", max_q_len, 1),
+        ("max_kv", max_kv, 0),
+    ):
+        if limit < low:
+            raise ValueError(f"{name} must be at least {low}, got {limit}")
+    capped = [mode for mode in sharpness if "very_negative" not in mode]
+    if softcap is True and not capped:
+        raise ValueError(f"softcap=True needs a sharpness whose logits can be capped, got {tuple(sharpness)}")
+    windows = sorted({*WINDOWS, max(1, max_kv - 1), max(1, max_kv)})
+    return _problems(
+        nodes=_some(st.tuples(_codes, lengths(max_kv)), max_nodes),
+        rows=_some(st.tuples(_codes, st.integers(1, max_q_len)), max_rows),
+        max_q_len=max_q_len,
+        dtypes=dtypes,
+        sharpness=sharpness,
+        head_dims=head_dims,
+        same_head_dim_v=same_head_dim_v,
+        group_sizes=group_sizes,
+        max_kv_heads=max_kv_heads,
+        causal=_optional([True], causal),
+        window=_optional(windows, window),
+        softcap=_optional(SOFTCAPS, softcap, nones=2),
+        scale=_optional(SCALES, scale),
+        sinks=_optional([True], sinks),
+    )
+
+
+def lengths(max_kv: int) -> st.SearchStrategy[int]:
+    """KV tokens of a segment: none, one, few, around the border of a tile, any number up to ``max_kv``."""
+    borders = [n for tile in TILE_SIZES for n in (tile - 1, tile, tile + 1) if n <= max_kv]
+    few = st.integers(0, min(8, max_kv))
+    return st.one_of(
+        st.sampled_from([n for n in (0, 1) if n <= max_kv]),
+        few,
+        st.sampled_from(borders) if borders else few,
+        st.integers(0, max_kv) if max_kv > 8 else few,
+    )
+
+
+def _some(items: st.SearchStrategy[_T], most: int) -> st.SearchStrategy[list[_T]]:
+    """Lists of 1 to ``most`` items: two lists, both of them rarely short, each of which shrinks well."""
+    first = st.lists(items, min_size=1, max_size=most - most // 2)
+    return st.builds(operator.add, first, st.lists(items, max_size=most // 2))
+
+
+def _optional(values: Sequence[_T], given: bool | None, nones: int = 1) -> list[_T | None]:
+    """Choices of an option: None as often as all values together, or ``nones`` times as often."""
+    if given is None:
+        return [*[None] * (nones * len(values)), *values]
+    return [*values] if given else [None]
+
+
+@st.composite
+def _problems(
+    draw: st.DrawFn,
+    *,
+    nodes: st.SearchStrategy[list[tuple[int, int]]],
+    rows: st.SearchStrategy[list[tuple[int, int]]],
+    max_q_len: int,
+    dtypes: Sequence[torch.dtype],
+    sharpness: Sequence[Sharpness],
+    head_dims: Sequence[int],
+    same_head_dim_v: bool,
+    group_sizes: Sequence[int],
+    max_kv_heads: int,
+    causal: Sequence[bool | None],
+    window: Sequence[int | None],
+    softcap: Sequence[float | None],
+    scale: Sequence[float | None],
+    sinks: Sequence[bool | None],
+) -> Problem:
+    def choose(choices: Sequence[_T]) -> _T:
+        return draw(st.sampled_from(choices))
+
+    drawn_nodes, drawn_rows = draw(nodes), draw(rows)
+    topology, ends, hollow, queries = draw(_styles)
+    parents = _parents([code for code, _ in drawn_nodes], topology)
+    if ends == "each":
+        drawn_rows = drawn_rows[: len(_leaves(parents))]
+    row_to_node = _ends([code for code, _ in drawn_rows], parents, ends)
+    kv_lens = [kv_len for _, kv_len in drawn_nodes]
+    _hollow_out(kv_lens, parents, row_to_node[0], hollow)
+
+    num_kv_heads = draw(st.integers(1, max_kv_heads))
+    q_lens = [q_len for _, q_len in drawn_rows]
+    if queries == "heads":
+        # A transposed [q_len, num_heads] passes every check of shapes if the two are equal.
+        group_sizes = [size for size in group_sizes if size * num_kv_heads <= max_q_len] or group_sizes
+    num_q_heads = num_kv_heads * choose(group_sizes)
+    if queries == "heads" and num_q_heads <= max_q_len:
+        q_lens = [num_q_heads] * len(q_lens)
+    elif queries == "one":
+        q_lens = [1] * len(q_lens)
+    elif queries == "uniform":
+        q_lens = q_lens[:1] * len(q_lens)
+
+    head_dim = choose(head_dims)
+    head_dim_v = head_dim if same_head_dim_v else draw(st.just(head_dim) | st.sampled_from(head_dims))
+    cap, factor, mode = choose(softcap), choose(scale), choose(sharpness)
+    if "very_negative" in mode:
+        # Neither capped logits nor logits of 0 are below -5e4: the option goes, or the mode.
+        cap = None if None in softcap else cap
+        factor = SCALES[0] if factor == 0 else factor
+        if cap is not None:
+            mode = choose([other for other in sharpness if "very_negative" not in other])
+    return Problem(
+        parents=tuple(parents),
+        kv_lens=tuple(kv_lens),
+        row_to_node=tuple(row_to_node),
+        q_lens=tuple(q_lens),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=choose(dtypes),
+        causal=choose(causal) is True,
+        window=choose(window),
+        softcap=cap,
+        scale=factor,
+        sinks=choose(sinks) is True,
+        sharpness=mode,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+# One number decides all of them: drawn one by one, Hypothesis likes to repeat the same choice.
+_STYLES = list(
+    itertools.product(
+        ("any", "star", "roots", "chain"),  # the tree
+        ("any", "each", "leaves", "crowd"),  # where rows end
+        ("", "", "", "", "", "", "root", "path"),  # what is empty on the path of row 0
+        ("as drawn", "one", "uniform", "heads"),  # queries per row
+    )
+)
+_styles = st.integers(0, len(_STYLES) - 1).map(_STYLES.__getitem__)
+
+
+def _parents(codes: Sequence[int], topology: str) -> list[int]:
+    """Any tree; one prefix under everything; one path; sequences that share nothing."""
+    if topology == "star":
+        return [-1, *[0] * (len(codes) - 1)]
+    if topology == "chain":
+        return list(range(-1, len(codes) - 1))
+    if topology == "roots":
+        return [-1] * len(codes)
+    return [code % (node + 1) - 1 for node, code in enumerate(codes)]
+
+
+def _ends(codes: Sequence[int], parents: Sequence[int], ends: str) -> list[int]:
+    """Rows that end anywhere; at any leaves; nearly all at one node; each at a leaf of its own."""
+    leaves = _leaves(parents)
+    if ends == "leaves":
+        return [leaves[code % len(leaves)] for code in codes]
+    if ends == "crowd":
+        # A multiple of 3 goes its own way: one huge group beside tiny ones.
+        return [(code if code % 3 == 0 else codes[0]) % len(parents) for code in codes]
+    if ends == "each":
+        return leaves[: len(codes)]
+    return [code % len(parents) for code in codes]
+
+
+def _leaves(parents: Sequence[int]) -> list[int]:
+    return sorted(set(range(len(parents))) - set(parents))
+
+
+def _hollow_out(kv_lens: list[int], parents: Sequence[int], end: int, hollow: str) -> None:
+    """Empty the first segment on the path to a node, or the whole path: a row with nothing to attend to."""
+    node = end
+    while node >= 0 and hollow:
+        if hollow == "path" or parents[node] < 0:
+            kv_lens[node] = 0
+        node = parents[node]
+
+
+def _check_choices(name: str, given: Sequence[object], allowed: Collection[object]) -> None:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"{name} must be a sequence of choices, got {given!r}")
+    if not given:
+        raise ValueError(f"{name} must offer at least one choice, got {given!r}")
+    unknown = [value for value in given if value not in allowed]
+    if unknown:
+        known = (
+            f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
+        )
+        raise ValueError(f"{name} must be chosen from {known}, got {', '.join(map(str, unknown))}")

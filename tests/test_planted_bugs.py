@@ -1,0 +1,159 @@
+"""The judge catches every mistake of `faulty_attention` within CI's examples, and passes it without one.
+
+Planted in an implementation written for this purpose, so that no change of hydragen can disarm a bug.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_attention import BUGS, attention
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from hydragen.testing import Inputs, Problem, laws, problems
+from hydragen.testing.views import MEMORY, Memory
+
+ROOT = Path(__file__).resolve().parent.parent
+CI_EXAMPLES = 150  # of profile ci, property_tests/conftest.py
+SEED = 0
+PROBLEM = Problem((-1, 0), (5, 2), (1, 0), (1, 2))
+
+search = settings(
+    max_examples=CI_EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def test_the_number_of_examples_is_that_of_ci():
+    assert f'"ci": {CI_EXAMPLES}' in (ROOT / "property_tests" / "conftest.py").read_text()
+
+
+@pytest.mark.parametrize("bug", [None, *BUGS])
+def test_the_judge_catches_it(bug):
+    implementation = functools.partial(attention, bug=bug)
+
+    @search
+    @given(problems(), st.sampled_from(MEMORY))
+    def law(problem: Problem, memory: Memory) -> None:
+        if bug in (None, "strides ignored"):
+            laws.strides_change_nothing(implementation, problem, memory)
+        if bug != "strides ignored":
+            laws.matches_oracle(implementation, problem)
+
+    if bug is None:
+        law()
+        return
+    with pytest.raises(AssertionError, match="outside of the error budget"):
+        law()
+
+
+@pytest.mark.parametrize(
+    ("law", "bug"),
+    [
+        (laws.flattening_changes_nothing, "running sum not rescaled"),
+        (
+            lambda run, p: laws.cutting_changes_nothing(run, p, 0, p.kv_lens[0] // 2),
+            "window counted per segment",
+        ),
+        (lambda run, p: laws.empty_segments_change_nothing(run, p, 0), "empty segment has a finite lse"),
+        (lambda run, p: laws.unsharing_changes_nothing(run, p, 0), "tile remainder dropped"),
+        (
+            lambda run, p: laws.permuting_rows_permutes_results(run, p, range(p.num_rows)[::-1]),
+            "rows in tree order",
+        ),
+        (lambda run, p: laws.unrelated_rows_change_nothing(run, p, p), "only one root"),
+        (laws.out_is_linear_in_v, "GQA heads interleaved"),
+        (
+            lambda run, p: p.softcap or p.sinks or laws.shifting_keys_shifts_lse(run, p),
+            "returned lse in base 2",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_law_catches_something(law, bug):
+    faulty = functools.partial(attention, bug=bug)
+
+    @search
+    @given(problems())
+    def hold(problem: Problem) -> None:
+        law(faulty, problem)
+
+    with pytest.raises(AssertionError, match="outside of the error budget"):
+        hold()
+
+
+def test_results_that_differ_from_run_to_run_are_caught():
+    def fickle(problem: Problem, inputs: Inputs) -> torch.Tensor:
+        out, _ = attention(problem, inputs)
+        return out + torch.rand(()).to(out.dtype)
+
+    with pytest.raises(AssertionError, match="two runs give the same bits"):
+        laws.runs_give_the_same_bits(fickle, PROBLEM)
+
+
+def test_results_that_depend_on_the_batch_are_caught():
+    def dependent(problem: Problem, inputs: Inputs) -> torch.Tensor:
+        out, _ = attention(problem, inputs)
+        return out * (1 + problem.num_rows * torch.finfo(out.dtype).eps)
+
+    with pytest.raises(AssertionError, match="unrelated rows change no bits"):
+        laws.unrelated_rows_change_no_bits(dependent, PROBLEM, PROBLEM)
+
+
+@pytest.mark.slow
+def test_the_suite_runs_for_somebody_elses_implementation(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "from faulty_attention import attention\n"
+        "def right(problem, inputs): return attention(problem, inputs)\n"
+        "def wrong(problem, inputs): return attention(problem, inputs, 'GQA heads interleaved')\n"
+        "def narrow(problem, inputs):\n"
+        "    assert problem.head_dim == 8 and not problem.sinks\n"
+        "    if problem.causal: raise NotImplementedError\n"
+        "    return attention(problem, inputs)[0]\n"
+        "narrow.limits = {'head_dims': (8,), 'sinks': False}\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests"), *sys.path]),
+    }
+
+    def suite(name: str, *options: str) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "property_tests",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+        ]
+        command += [
+            "--hypothesis-profile=dev",
+            f"--hypothesis-seed={SEED}",
+            "--implementation",
+            f"theirs:{name}",
+        ]
+        return subprocess.run(
+            [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True
+        ).stdout
+
+    right = suite("right")
+    assert "11 passed" in right, right
+    assert "deselected" in right
+    assert "11 passed" in suite("narrow")
+    wrong = suite("wrong", "-k", "match_the_oracle")
+    assert "1 failed" in wrong, wrong
+    assert "is outside of the error budget" in wrong
+    assert "@reproduce_failure" in wrong
