@@ -41,11 +41,13 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
     >>> merge_states([a, nothing]).out.sum()
     tensor(8.)
     """
-    if isinstance(states, Tensor) or not isinstance(states, Sequence) or len(states) == 0:
+    if isinstance(states, str) or not isinstance(states, Sequence):
         raise TypeError(
-            f"states must be a non-empty sequence of AttentionState, got {type(states).__name__}"
-            f"{' without entries' if isinstance(states, Sequence) else ''}; pass [state_a, state_b, ...]"
+            f"states must be a sequence of AttentionState, got {type(states).__name__}; "
+            "pass [state_a, state_b, ...]"
         )
+    if len(states) == 0:
+        raise ValueError("states must have at least one state, got none; pass [state_a, state_b, ...]")
     checked = [_checked(state, f"states[{i}]") for i, state in enumerate(states)]
     out, lse = checked[0]
     for i, (other_out, other_lse) in enumerate(checked[1:], start=1):
