@@ -5,16 +5,14 @@ interpreter. On a GPU one run has both, compiled and on the GPU.
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from running_on import CUDA, INTERPRETED
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
 HERE = Path(__file__).resolve().parent
 
 

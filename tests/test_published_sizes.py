@@ -6,8 +6,8 @@ level has one node per row.
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from judged import check
+from running_on import INTERPRETED
 
 from hydragen import PrefixTree
 from hydragen.testing import Problem

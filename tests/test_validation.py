@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import INTERPRETED
 from right_arguments import keys, packed, packed_kv, star, two_levels, zeros
+from running_on import INTERPRETED
 
 import hydragen
 from hydragen import PrefixTree
