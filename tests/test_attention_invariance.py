@@ -45,7 +45,7 @@ def first_row(
     """`out` and `lse` of one row with so many others, which share its prefix, and some its suffix."""
     generator = torch.Generator().manual_seed(0)
     mine = [torch.randn(1, n, h, 32, generator=generator) for n, h in ((q_len, 4), (9, 2), (9, 2))]
-    prefix = torch.randn(2, 1, 40, 2, 32, generator=generator)
+    prefix, middle = (torch.randn(2, 1, n, 2, 32, generator=generator).to(device) for n in (30, 10))
     theirs = [torch.randn(others, n, h, 32, generator=generator) for n, h in ((q_len, 4), (20, 2), (20, 2))]
     suffixes = []
     for own, other in zip(mine[1:], theirs[1:], strict=True):
@@ -54,14 +54,14 @@ def first_row(
         room[1:] = other
         suffixes.append(room.to(device))
     lens = [suffix_len, *(SUFFIX_LENS[i % len(SUFFIX_LENS)] for i in range(others))]
-    row_to_node = [1, *(1 if i % 4 == 3 else 2 + i for i in range(others))]
+    row_to_node = [2, *(2 if i % 4 == 3 else 3 + i for i in range(others))]
     if options.get("sinks"):
         options = {**options, "sinks": torch.linspace(-2, 2, 4, device=device)}
     state = hydragen.attention(
         torch.cat([mine[0], theirs[0]]).to(device),
-        [tuple(prefix.to(device)), tuple(suffixes)],
-        tree=hydragen.PrefixTree.from_parents([-1] + [0] * (1 + others), row_to_node=row_to_node),
-        kv_lens=[None, lens],
+        [tuple(prefix), tuple(middle), tuple(suffixes)],
+        tree=hydragen.PrefixTree.from_parents([-1, 0] + [1] * (1 + others), row_to_node=row_to_node),
+        kv_lens=[None, [10 if suffix_len else 0], lens],
         return_lse=True,
         backend=backend,
         batch_invariant=True,
