@@ -45,7 +45,8 @@ class KVLens:
             first, end = int(nodes[0]), int(nodes[-1]) + 1
             if end - first == nodes.size:
                 part = lens[first:end]
-                torch.minimum(given.clamp(min=0), part, out=part)
+                # not by out=: for CUDA that narrows to int32 before the minimum is taken
+                part.copy_(torch.minimum(given.clamp(min=0), part))
                 continue
             # a level whose nodes are numbered here and there
             index = uploads.get(("nodes", first, end, lens.device))

@@ -40,11 +40,10 @@ def plant(module: ModuleType | str, old: str, new: str) -> ModuleType:
         If ``old`` does not stand in the source exactly once, or ``new`` is the same text.
     """
     original = importlib.import_module(module) if isinstance(module, str) else module
-    if original.__file__ is None or not original.__file__.endswith(".py"):
-        raise ValueError(
-            f"module must be written in Python, got {original.__name__} from {original.__file__}"
-        )
-    source = Path(original.__file__).read_text(encoding="utf-8")
+    file = getattr(original, "__file__", None)  # modules that are part of the interpreter have none
+    if file is None or not file.endswith(".py"):
+        raise ValueError(f"module must be written in Python, got {original.__name__} from {file}")
+    source = Path(file).read_text(encoding="utf-8")
     found = source.count(old) if old else 0
     if found != 1:
         raise ValueError(
