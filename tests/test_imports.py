@@ -50,7 +50,7 @@ except ImportError as error:
 
 
 def answers(code: str, missing: list[str] | None = None) -> dict[str, str]:
-    """Run `code` in a new interpreter without the packages `missing`; what it printed, by the word in front."""
+    """Run `code` in a new interpreter without the packages `missing`; what it printed, by its first word."""
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in missing or [])
     program = [sys.executable, "-W", "error", "-c", f"import sys\n{blocked}{code}"]
     done = subprocess.run(program, capture_output=True, text=True)
