@@ -1,8 +1,9 @@
 """Compile every kernel for every tile that tuning can choose, without a GPU, and fail on what costs speed.
 
-For sm_80, sm_90 and sm_100 (or the architectures given as arguments): no register spills, no stack, shared memory
-within the limit, and the right matrix instruction: wgmma on sm_90 and tcgen05 on sm_100 for tiles of 64 rows and
-more, mma.sync for the 16-row tile and on sm_80. Uses the Triton that is installed and the assembler it bundles.
+For sm_80, sm_90 and sm_100 (or the architectures given as arguments): no register spills, no stack, shared
+memory within the limit, and the right matrix instruction: wgmma on sm_90 and tcgen05 on sm_100 for tiles of
+64 rows and more, mma.sync for the 16-row tile and on sm_80. Uses the Triton that is installed and the
+assembler it bundles.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from hydragen.target import Target
 from hydragen.tuning import Tile, tiles_for
 
 ARCHITECTURES = (80, 90, 100)
-# Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical specifications".
+# Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical
+# specifications".
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 NUM_LEVELS, GROUP_SIZE, NUM_KV_HEADS = 2, 4, 8
 
@@ -75,7 +77,7 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
 
 
 def compile_case(case: Case) -> Any:
-    """Compile one case as the launcher would for typical arguments: 16-byte aligned, strides divisible by 16."""
+    """Compile one case as the launcher would for typical arguments: 16-byte aligned, even strides."""
     if case.tile is None:
         flags: dict[str, Any] = {
             "GATHER_Q": True,
@@ -85,7 +87,8 @@ def compile_case(case: Case) -> Any:
             "INTERPRET": False,
         }
         constants = flags | {
-            "HEAD_DIM_V": case.head_dim, "BLOCK_H": MERGE_HEADS, "BLOCK_DV": padded(case.head_dim, 2), "UNROLL": MERGE_UNROLL,
+            "HEAD_DIM_V": case.head_dim, "BLOCK_H": MERGE_HEADS, "BLOCK_DV": padded(case.head_dim, 2),
+            "UNROLL": MERGE_UNROLL,
         }  # fmt: skip
         types: dict[str, Any] = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
         return _compile(merge, constants, types, case.arch, 4, 3, None)
@@ -98,10 +101,14 @@ def compile_case(case: Case) -> Any:
     )}  # fmt: skip
     constants = on | {
         "q_len": 1, "stride_qd": 1, "GROUP_SIZE": GROUP_SIZE, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": padded(head_dim, itemsize), "BLOCK_DV": padded(head_dim, itemsize),
-        "CONTIGUOUS": not variant.get("STRIDED"), "NUM_KV_HEADS": NUM_KV_HEADS, "HEADS_FIRST": tile.block_m <= 16,
-        "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1, "PDL": case.arch >= 90,
-        "FOLD_SCALE": variant.get("FOLD_SCALE", True), "NUM_STAGES": tile.num_stages, "LOOP_TAIL": tile.loop_tail,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": padded(head_dim, itemsize),
+        "BLOCK_DV": padded(head_dim, itemsize),
+        "CONTIGUOUS": not variant.get("STRIDED"), "NUM_KV_HEADS": NUM_KV_HEADS,
+        "HEADS_FIRST": tile.block_m <= 16,
+        "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1,
+        "PDL": case.arch >= 90,
+        "FOLD_SCALE": variant.get("FOLD_SCALE", True), "NUM_STAGES": tile.num_stages,
+        "LOOP_TAIL": tile.loop_tail,
         "INTERPRET": False,
     }  # fmt: skip
     pointer = f"*{case.dtype}"
@@ -152,7 +159,7 @@ def _compile(
 
 
 def resources(compiled: Any) -> tuple[int, int]:
-    """Return registers per thread and bytes of stack (spills live there), as the bundled cuobjdump prints them."""
+    """Return registers per thread and bytes of stack (where spills live), as the bundled cuobjdump has it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -170,7 +177,7 @@ def judge(case: Case) -> tuple[Case, int, str]:
     try:
         compiled = compile_case(case)
         registers, stack = resources(compiled)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever a compiler raises is a failed case, to be shown with the others)
         return case, 0, f"does not compile: {type(error).__name__}: {str(error)[-400:]}"
     problems = []
     if stack:

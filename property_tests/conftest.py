@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     subjects.choose(config.getoption("--implementation", default=None))
-    # NumPy, in which the interpreter computes, warns of infinities; whether one is right is the judge's to say.
+    # NumPy, in which the interpreter computes, warns of infinities; the judge says whether one is right.
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered:RuntimeWarning:triton")
 
 

@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"explain"},
     {"validation"},
     {"plan"},
+    {"queries"},
     {"testing"},
     {"lengths"},
     {"kv"},
@@ -30,7 +31,7 @@ FLOORS: list[set[str]] = [
     {"tree"},
     {"radix", "tree_levels", "tree_text"},
     {"forest", "tree_checks"},
-    {"host_ints", "types", "target"},
+    {"handles", "host_ints", "types", "target"},
 ]
 
 

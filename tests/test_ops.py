@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hydragen
+from hydragen.handles import of_handle
 from hydragen.ops import attention_op
 
 PREFIX, SUFFIX, BATCH = 20, 10, 4
@@ -23,7 +24,9 @@ def tensors() -> tuple[Tensor, ...]:
     return (normal(BATCH, 1, 8, 16), normal(*prefix), normal(*prefix), normal(*suffix), normal(*suffix))
 
 
-def two_levels(q: Tensor, pk: Tensor, pv: Tensor, sk: Tensor, sv: Tensor, lens: Tensor) -> hydragen.AttentionState:
+def two_levels(
+    q: Tensor, pk: Tensor, pv: Tensor, sk: Tensor, sv: Tensor, lens: Tensor
+) -> hydragen.AttentionState:
     state = hydragen.attention(q, [(pk, pv), (sk, sv)], kv_lens=[None, lens], return_lse=True)
     assert isinstance(state, hydragen.AttentionState)
     return state
@@ -47,7 +50,8 @@ def test_compiled_levels_equal_eager_bit_for_bit(tensors: tuple[Tensor, ...]) ->
     graph = compiled(two_levels)
     expected = two_levels(*tensors, lens)
     out, lse = graph(*tensors, lens)  # type: ignore[misc]
-    assert torch.equal(out, expected.out) and torch.equal(lse, expected.lse)
+    assert torch.equal(out, expected.out)
+    assert torch.equal(lse, expected.lse)
 
 
 def test_growing_lengths_and_batches_do_not_recompile(tensors: tuple[Tensor, ...]) -> None:
@@ -83,7 +87,7 @@ def test_gradients_in_a_graph_are_refused_clearly(tensors: tuple[Tensor, ...]) -
 def test_a_tree_is_found_by_its_handle_while_it_lives() -> None:
     tree = hydragen.PrefixTree.from_levels([[3], [1, 2]])
     handle = tree.handle
-    assert hydragen.PrefixTree.of_handle(handle) is tree
+    assert of_handle(handle) is tree
     del tree
-    with pytest.raises(ValueError, match=f"handle .* {handle}; keep the tree alive"):
-        hydragen.PrefixTree.of_handle(handle)
+    with pytest.raises(ValueError, match=f"handle .* {handle}; keep the PrefixTree alive"):
+        of_handle(handle)

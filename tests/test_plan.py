@@ -11,7 +11,8 @@ import torch
 import hydragen.plan
 from hydragen import PrefixTree
 from hydragen.kv import NodeKV, levels_tree, node_kv_of_levels, node_kv_of_packed
-from hydragen.plan import ITEM_COLUMNS, Heads, Plan, Queries, make_plan
+from hydragen.plan import ITEM_COLUMNS, Plan, make_plan
+from hydragen.queries import Heads, Queries
 from hydragen.target import H200, INTERPRETER, Target
 
 A100 = Target(arch=80, num_sms=108, flops=312e12, bandwidth=2.0e12)

@@ -1,7 +1,7 @@
 """Bugs planted in the kernels and in the plan themselves, one at a time: the judge catches each.
 
-In Triton's interpreter, on a handful of small problems that pass without a bug. The bugs are those that shipped
-in such kernels, as far as they concern a kernel or its work table.
+In Triton's interpreter, on a handful of small problems that pass without a bug. The bugs are those that
+shipped in such kernels, as far as they concern a kernel or its work table.
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,7 @@ ATTEND, MERGE, PRIMITIVES, PLAN = (
     "hydragen.kernels.primitives",
     "hydragen.plan",
 )
+QUERIES = "hydragen.queries"
 BUGS = {
     "causal mask off by one": (ATTEND, "visible & (distance >= 0)", "visible & (distance > 0)"),
     "window of one key more": (ATTEND, "distance < window", "distance <= window"),
@@ -74,8 +75,8 @@ BUGS = {
     ),
     "slot of a node ignored": (
         ATTEND,
-        "k_base = select(k_ptrs, level) + slot.to(tl.int64)",
-        "k_base = select(k_ptrs, level) + (slot * 0).to(tl.int64)",
+        "slot.to(tl.int64) * select(strides_kn, level)",
+        "(slot * 0).to(tl.int64) * select(strides_kn, level)",
     ),
     "fully visible block includes a hidden key": (
         ATTEND,
@@ -111,7 +112,7 @@ BUGS = {
         "tl.store(lse_ptr + row, lse * LN_2 * LN_2",
     ),
     "one prefix too many": (
-        PLAN,
+        QUERIES,
         "first[tree.row_begin], first[tree.row_end]",
         "first[tree.row_begin * 0], first[tree.row_end]",
     ),
@@ -121,7 +122,7 @@ BUGS = {
         '"dest": partials_before[source]',
         '"dest": partials_before[source] * 0',
     ),
-    "rows in tree order": (PLAN, "token = q_starts[row] + within", "token = np.arange(first[-1])"),
+    "rows in tree order": (QUERIES, "token = q_starts[row] + within", "token = np.arange(first[-1])"),
     "second block of rows is the first": (
         PLAN,
         '"row_begin": block * tile.block_m',
@@ -178,7 +179,7 @@ def caught(problem: Problem) -> bool:
     except AssertionError as error:
         return "budget" in str(error)
     except Exception as error:  # the interpreter wraps what is raised inside it
-        if "OutOfBounds" in str(error):
+        if "OutOfBoundsError" in str(error):
             return True
         raise
     return False

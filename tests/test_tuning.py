@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hydragen import PrefixTree
-from hydragen.plan import Heads, Queries, Segments, find_segments
+from hydragen.plan import Segments, find_segments
+from hydragen.queries import Heads, Queries
 from hydragen.target import H100, H200, INTERPRETER, Target, target_of
 from hydragen.tuning import INVARIANT_SPLIT, Tile, choose_tiles, tiles_for
 

@@ -18,7 +18,8 @@ from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_attention, check_backend, check_bool
 
-# Plans by structure: a decode loop asks for the same one at every layer and, with lengths on the device, every step.
+# Plans by structure: a decode loop asks for the same one at every layer and, with lengths on the device,
+# every step.
 _PLANS: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
 _MAX_PLANS = 128
 # Plans in use by captured CUDA graphs: a graph reads their tables when it is replayed, at any later time.
@@ -43,11 +44,12 @@ def attention(
     batch_invariant: bool = False,
     validate: bool = False,
 ) -> Tensor | AttentionState:
-    """Exact softmax attention of every row over all the segments on its path through a tree of shared prefixes.
+    """Exact softmax attention of every row over all the segments on its path through a tree of shared
+    prefixes.
 
-    Keys and values that sequences share are given once and read once: the queries of all rows that share a segment
-    are stacked into one matrix, and partial results merge exactly by their log-sum-exp. Hydragen (Juravsky et al.,
-    2024, arXiv 2402.05099), section 3, applied to any tree.
+    Keys and values that sequences share are given once and read once: the queries of all rows that share a
+    segment are stacked into one matrix, and partial results merge exactly by their log-sum-exp. Hydragen
+    (Juravsky et al., 2024, arXiv 2402.05099), section 3, applied to any tree.
 
     Parameters
     ----------
@@ -55,16 +57,16 @@ def attention(
         float16, bfloat16, float32 or (reference backend) float64; any strides. Packed q needs `cu_seqlens_q`.
     kv : list of (k, v) levels, or PackedKV
         Level l holds the nodes of depth l in index order: k [nodes, len, num_kv_heads, head_dim] and
-        v [nodes, len, num_kv_heads, head_dim_v], in q's dtype and on its device. num_q_heads must be a multiple
-        of num_kv_heads; head_dim and head_dim_v are 1 to 256. Without `tree`, groups are equal: node i of a level
-        of n nodes hangs under node i // (n // n_above) and row r ends at node r // (batch // n_last). A PackedKV
-        without `tree` gives row i node i alone.
+        v [nodes, len, num_kv_heads, head_dim_v], in q's dtype and on its device. num_q_heads must be a
+        multiple of num_kv_heads; head_dim and head_dim_v are 1 to 256. Without `tree`, groups are equal: node
+        i of a level of n nodes hangs under node i // (n // n_above) and row r ends at node r // (batch //
+        n_last). A PackedKV without `tree` gives row i node i alone.
     tree : PrefixTree, optional
         Who shares what, and at which node each row ends.
     kv_lens : optional
         Tokens in use per node. Levels: a list with an entry per level, None (full) or one length per node.
-        PackedKV: one length per node. Lengths on the host are checked. Lengths on q's device (int32 or int64) are
-        never read back: they are clamped to the capacity. Default: the tree's lengths, else all tokens.
+        PackedKV: one length per node. Lengths on the host are checked. Lengths on q's device (int32 or int64)
+        are never read back: they are clamped to the capacity. Default: the tree's lengths, else all tokens.
         What lies past a length is never used and may be NaN.
     cu_seqlens_q : integers [num_rows + 1], optional
         Offsets of each row's tokens in packed q. On q's device it is not read back and needs `max_seqlen_q`.
@@ -85,16 +87,17 @@ def attention(
     backend : "auto", "reference" or "triton"
         "auto" is Triton for CUDA tensors and the reference elsewhere. What a backend cannot do raises.
     batch_invariant : bool
-        A row's output bits do not depend on which other rows share the batch: fixed tiles and split boundaries.
+        A row's output bits do not depend on which other rows share the batch: fixed tiles and split
+        boundaries.
     validate : bool
         Also check lengths that live on the device; waits for it.
 
     Returns
     -------
     tensor or AttentionState
-        `out` shaped like q with head_dim_v, in q's dtype. With `return_lse`, (out, lse): lse shaped like q without
-        its last dimension, float32 (float64 for float64), natural log. A row that has nothing to attend gets
-        out = 0 and lse = -inf (with sinks: lse = sink).
+        `out` shaped like q with head_dim_v, in q's dtype. With `return_lse`, (out, lse): lse shaped like q
+        without its last dimension, float32 (float64 for float64), natural log. A row that has nothing to
+        attend gets out = 0 and lse = -inf (with sinks: lse = sink).
 
     Raises
     ------
@@ -111,7 +114,8 @@ def attention(
     torch.Size([4, 1, 8, 64])
     """
     arguments = (
-        q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse, backend,
+        q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse,
+        backend,
         batch_invariant, validate,
     )  # fmt: skip
     state = attention_in_graph(*arguments) if torch.compiler.is_compiling() else _attention(*arguments)
@@ -122,12 +126,25 @@ def attention(
 def _attention(
     q: Tensor, kv: Sequence[tuple[Tensor, Tensor]] | PackedKV, tree: PrefixTree | None, kv_lens: object,
     cu_seqlens_q: object, max_seqlen_q: int | None, scale: float | None, causal: bool, window: int | None,
-    softcap: float | None, sinks: Tensor | None, return_lse: bool, backend: str, batch_invariant: bool, validate: bool,
+    softcap: float | None, sinks: Tensor | None, return_lse: bool, backend: str, batch_invariant: bool,
+    validate: bool,
 ) -> AttentionState:  # fmt: skip
     check_backend(backend)
     check_bool(batch_invariant, "batch_invariant")
     call = check_attention(
-        q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse, validate
+        q,
+        kv,
+        tree,
+        kv_lens,
+        cu_seqlens_q,
+        max_seqlen_q,
+        scale,
+        causal,
+        window,
+        softcap,
+        sinks,
+        return_lse,
+        validate,
     )
     return choose_backend(backend, q).run(_plan(call, batch_invariant), call)
 

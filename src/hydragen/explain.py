@@ -1,4 +1,4 @@
-"""What sharing saves: per segment, whether its queries are batched, and the bytes, FLOPs and time with and without."""
+"""What sharing saves: per segment, if its queries are batched; bytes, FLOPs and time with and without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hydragen.plan import Heads, Queries, find_segments
+from hydragen.plan import find_segments
+from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target, target_of
 from hydragen.tree import PrefixTree
 from hydragen.validation.explain import check_explain
@@ -83,7 +84,19 @@ class Explanation:
         return self.seconds_unshared / self.seconds if self.seconds else 1.0
 
     def __str__(self) -> str:
-        heading = ("depth", "segments", "keys", "rows", "batched", "tile", "splits", "MB", "MB unshared", "us", "bound")
+        heading = (
+            "depth",
+            "segments",
+            "keys",
+            "rows",
+            "batched",
+            "tile",
+            "splits",
+            "MB",
+            "MB unshared",
+            "us",
+            "bound",
+        )
         lines = [heading]
         for s in self.segments:
             batched = "yes" if s.batched else "per row"
@@ -93,10 +106,13 @@ class Explanation:
                 + (str(s.num_splits), *numbers, s.bound)
             )
         widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-        table = "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+        table = "\n".join(
+            "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+        )
         return (
-            f"{table}\nat best {self.seconds * 1e6:,.1f} us with sharing, {self.seconds_unshared * 1e6:,.1f} us without "
-            f"({self.speedup:.1f}x); KV {self.bytes / 1e6:,.1f} MB read instead of {self.bytes_unshared / 1e6:,.1f} MB"
+            f"{table}\nat best {self.seconds * 1e6:,.1f} us with sharing, "
+            f"{self.seconds_unshared * 1e6:,.1f} us without ({self.speedup:.1f}x); "
+            f"KV {self.bytes / 1e6:,.1f} MB read instead of {self.bytes_unshared / 1e6:,.1f} MB"
         )
 
 
@@ -113,8 +129,8 @@ def explain(
 ) -> Explanation:
     """Say what attention over a tree costs with and without sharing, without computing it.
 
-    The bound of each segment and of the whole is max(FLOPs / peak, bytes / bandwidth), the roofline; masks are not
-    taken into account.
+    The bound of each segment and of the whole is max(FLOPs / peak, bytes / bandwidth), the roofline; masks
+    are not taken into account.
 
     Parameters
     ----------
@@ -127,7 +143,8 @@ def explain(
     q_len : int
         Query tokens per row.
     device : optional
-        Whose peak and bandwidth count: a CUDA device of this machine. Default: an H200 (790 TFLOP/s, 4.31 TB/s).
+        Whose peak and bandwidth count: a CUDA device of this machine. Default: an H200 (790 TFLOP/s, 4.31
+        TB/s).
 
     Returns
     -------
@@ -153,20 +170,45 @@ def explain(
     segments, tiles = find_segments(lens, queries, heads, target, batch_invariant=False)
     num_rows = (tree.row_end - tree.row_begin)[segments.node]
     columns = np.stack(
-        [tree.depth[segments.node], segments.kv_len, num_rows, segments.num_tok, segments.tile, segments.split_size], 1
+        [
+            tree.depth[segments.node],
+            segments.kv_len,
+            num_rows,
+            segments.num_tok,
+            segments.tile,
+            segments.split_size,
+        ],
+        1,
     )
     kinds, counts = np.unique(columns, axis=0, return_counts=True)
     costs = []
     for (depth, kv_len, rows, tokens, tile, size), count in zip(kinds.tolist(), counts.tolist(), strict=True):
-        costs.append(_cost(depth, count, kv_len, rows, tokens, tiles[tile].block_m, -(-kv_len // size), heads, target))
-    flops, shared, unshared = (sum(getattr(c, name) for c in costs) for name in ("flops", "bytes", "bytes_unshared"))
+        costs.append(
+            _cost(depth, count, kv_len, rows, tokens, tiles[tile].block_m, -(-kv_len // size), heads, target)
+        )
+    flops, shared, unshared = (
+        sum(getattr(c, name) for c in costs) for name in ("flops", "bytes", "bytes_unshared")
+    )
     return Explanation(
-        tuple(costs), _bound(flops, shared, target)[0], _bound(flops, unshared, target)[0], shared, unshared, flops
+        tuple(costs),
+        _bound(flops, shared, target)[0],
+        _bound(flops, unshared, target)[0],
+        shared,
+        unshared,
+        flops,
     )
 
 
 def _cost(
-    depth: int, count: int, kv_len: int, rows: int, tokens: int, block_m: int, splits: int, heads: Heads, target: Target
+    depth: int,
+    count: int,
+    kv_len: int,
+    rows: int,
+    tokens: int,
+    block_m: int,
+    splits: int,
+    heads: Heads,
+    target: Target,
 ) -> SegmentCost:
     dims = heads.head_dim + heads.head_dim_v
     shared = count * kv_len * heads.num_kv_heads * dims * heads.itemsize

@@ -34,11 +34,13 @@ class PackedKV:
 class NodeKV:
     """The one form into which every KV layout is brought.
 
-    Key t of head h of node i is `k[level[i]]` at offset `slot[i] * strides[0] + t * strides[1] + h * strides[2]`.
+    Key t of head h of node i is `k[level[i]]` at offset `slot[i] * strides[0] + t * strides[1] + h *
+    strides[2]`.
 
     Attributes
     ----------
-    k, v : one tensor per level [nodes, tokens, num_kv_heads, head_dim]; packed: one [total_k, num_kv_heads, head_dim]
+    k, v : one tensor per level [nodes, tokens, num_kv_heads, head_dim]; packed: one [total_k, num_kv_heads,
+    head_dim]
     k_strides, v_strides : per level, elements per (slot, token, head, dim)
     level, slot, capacity : int64 [num_nodes]
         The level's index, the node's place in it, and the tokens that fit there.
@@ -72,8 +74,10 @@ def levels_tree(sizes: tuple[int, ...], num_rows: int) -> PrefixTree:
     """
     first = np.concatenate([[0], np.cumsum(sizes)])
     parents = [np.full(sizes[0], -1, np.int64)]
-    for i in range(1, len(sizes)):
-        parents.append(first[i - 1] + np.arange(sizes[i]) // max(sizes[i] // max(sizes[i - 1], 1), 1))
+    parents += [
+        first[i - 1] + np.arange(sizes[i]) // max(sizes[i] // max(sizes[i - 1], 1), 1)
+        for i in range(1, len(sizes))
+    ]
     row_to_node = first[-2] + np.arange(num_rows) // max(num_rows // max(sizes[-1], 1), 1)
     return PrefixTree.from_parents(np.concatenate(parents), row_to_node=row_to_node)
 
@@ -100,7 +104,14 @@ def node_kv_of_packed(k: Tensor, v: Tensor, cu_seqlens_k: IntArray) -> NodeKV:
     """Place each node at its token offset."""
     zeros = np.zeros(cu_seqlens_k.size - 1, np.int64)
     return NodeKV(
-        (k,), (v,), (_strides(k),), (_strides(v),), zeros, cu_seqlens_k[:-1], np.diff(cu_seqlens_k), packed=True
+        (k,),
+        (v,),
+        (_strides(k),),
+        (_strides(v),),
+        zeros,
+        cu_seqlens_k[:-1],
+        np.diff(cu_seqlens_k),
+        packed=True,
     )
 
 

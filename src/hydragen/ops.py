@@ -1,7 +1,7 @@
 """Attention as a registered operator, for torch.compile and torch.export.
 
-A graph holds tensors and numbers, so a PrefixTree travels by its handle and everything on the host as a CPU tensor.
-Plans are made inside the operator, where a compiler does not look.
+A graph holds tensors and numbers, so a PrefixTree travels by its handle and everything on the host as a CPU
+tensor. Plans are made inside the operator, where a compiler does not look.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydragen.handles import of_handle
 from hydragen.kv import PackedKV
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
@@ -56,7 +57,8 @@ def attention_op(
     kv = list(zip(k, v, strict=True)) if cu_seqlens_k is None else PackedKV(k[0], v[0], cu_seqlens_k)
     with torch.no_grad():
         state = _eager(
-            q, kv, None if tree is None else PrefixTree.of_handle(tree), lens, cu_seqlens_q, max_seqlen_q, scale, causal,
+            q, kv, None if tree is None else _tree(tree), lens, cu_seqlens_q, max_seqlen_q,
+            scale, causal,
             window, softcap, sinks, return_lse, backend, batch_invariant, validate,
         )  # fmt: skip
     lse = state.lse if return_lse else q.new_empty(0, dtype=_lse_dtype(q))
@@ -64,10 +66,17 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, _k: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     return_lse = rest[-4]
     out = q.new_empty((*q.shape[:-1], v[0].shape[-1]))
     return out, q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=_lse_dtype(q))
+
+
+def _tree(handle: int) -> PrefixTree:
+    tree = of_handle(handle)
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(f"tree must be the handle of a PrefixTree, got that of {type(tree).__name__}")
+    return tree
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -77,7 +86,7 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 def _backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "hydragen.attention has no gradients inside torch.compile or torch.export yet; "
-        "call it outside the compiled region with backend=\"reference\", or under torch.no_grad()"
+        'call it outside the compiled region with backend="reference", or under torch.no_grad()'
     )
 
 
@@ -85,7 +94,8 @@ attention_op.register_autograd(_backward)
 
 
 def attention_in_graph(
-    q: Tensor, kv: Sequence[tuple[Tensor, Tensor]] | PackedKV, tree: PrefixTree | None, kv_lens: Any, cu_seqlens_q: Any,
+    q: Tensor, kv: Sequence[tuple[Tensor, Tensor]] | PackedKV, tree: PrefixTree | None, kv_lens: Any,
+    cu_seqlens_q: Any,
     max_seqlen_q: int | None, scale: float | None, causal: bool, window: int | None, softcap: float | None,
     sinks: Tensor | None, return_lse: bool, backend: str, batch_invariant: bool, validate: bool,
 ) -> AttentionState:  # fmt: skip
@@ -96,10 +106,14 @@ def attention_in_graph(
     cu_seqlens_k = _host_tensor(kv.cu_seqlens_k) if isinstance(kv, PackedKV) else None
     lens: list[Tensor | None] = []
     if kv_lens is not None:
-        lens = [_host_tensor(kv_lens)] if packed else [None if x is None else _host_tensor(x) for x in kv_lens]
+        lens = (
+            [_host_tensor(kv_lens)] if packed else [None if x is None else _host_tensor(x) for x in kv_lens]
+        )
     out, lse = attention_op(
-        q, k, v, sinks, cu_seqlens_k, lens, None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q), max_seqlen_q,
-        None if tree is None else tree.handle, scale, causal, window, softcap, return_lse, backend, batch_invariant,
+        q, k, v, sinks, cu_seqlens_k, lens, None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q),
+        max_seqlen_q,
+        None if tree is None else tree.handle, scale, causal, window, softcap, return_lse, backend,
+        batch_invariant,
         validate,
     )  # fmt: skip
     return AttentionState(out, lse)

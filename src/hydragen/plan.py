@@ -1,7 +1,7 @@
 """From structure to work: which segments there are, who attends to them, and in which tiles.
 
-Host-side integers only, vectorised; no tensor is read here. Lengths that live on a device stay there: the plan is
-then made for the capacities, and the kernels clamp.
+Host-side integers only, vectorised; no tensor is read here. Lengths that live on a device stay there: the
+plan is then made for the capacities, and the kernels clamp.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
+from hydragen.queries import Heads, Queries
 from hydragen.target import Target
 from hydragen.tree import PrefixTree
 from hydragen.tuning import (
@@ -29,63 +30,6 @@ from hydragen.tuning import (
 ITEM_COLUMNS = ("node", "level", "slot", "begin", "end", "tok_begin", "num_tok", "row_begin", "dest")
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Shape of one token's queries, keys and values, and the bytes of one element."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    itemsize: int
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per KV head."""
-        return self.num_q_heads // self.num_kv_heads
-
-
-@dataclass(frozen=True, eq=False)
-class Queries:
-    """The query tokens in tree order, so that those that share a segment are side by side.
-
-    Attributes
-    ----------
-    begin, end : int64 [num_nodes]
-        Half-open range of the tokens whose path contains each node.
-    token : int64 [num_tokens]
-        Where the caller put the token: its index in packed q, or row * q_len + i.
-    row : int64 [num_tokens]
-        The token's row in the caller's numbering.
-    within : int64 [num_tokens]
-        The token's index among those of its row.
-    q_lens : int64 [num_rows]
-        Query tokens of each row, in the caller's numbering; capacities where the lengths live on the device.
-    in_order : bool
-        `token` is 0, 1, 2, ...
-    """
-
-    begin: IntArray
-    end: IntArray
-    token: IntArray
-    row: IntArray
-    within: IntArray
-    q_lens: IntArray
-    in_order: bool
-
-    @classmethod
-    def of(cls, tree: PrefixTree, q_starts: IntArray, q_lens: IntArray) -> Queries:
-        """Lay out the tokens of rows that begin at `q_starts` and have `q_lens` tokens (int64 [num_rows])."""
-        order = tree.row_order
-        lens = q_lens[order]
-        first = np.append(0, np.cumsum(lens))
-        row = np.repeat(order, lens)
-        within = np.arange(first[-1]) - np.repeat(first[:-1], lens)
-        token = q_starts[row] + within
-        in_order = bool(np.array_equal(token, np.arange(token.size)))
-        return cls(first[tree.row_begin], first[tree.row_end], token, row, within, q_lens, in_order)
-
-
 @dataclass(frozen=True, eq=False)
 class Launch:
     """All work of one kind of tile: one launch of `items` x num_kv_heads / `heads` programs."""
@@ -97,8 +41,10 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The segments that somebody attends to, root to leaf: their node, keys, query tokens, tile, KV heads per program
-    and split size."""
+    """The segments that somebody attends to, root to leaf.
+
+    Of each its node, keys, query tokens, tile, KV heads per program and split size.
+    """
 
     node: IntArray
     kv_len: IntArray
@@ -154,7 +100,9 @@ def find_segments(
     tile = choose_tiles(rows, tiles, batch_invariant)
     dims = heads.head_dim + heads.head_dim_v
     flops = 2.0 * kv_len * rows * heads.num_kv_heads * dims
-    traffic = kv_len * float(heads.num_kv_heads * dims * heads.itemsize) / target.bandwidth  # seconds, read once
+    traffic = (
+        kv_len * float(heads.num_kv_heads * dims * heads.itemsize) / target.bandwidth
+    )  # seconds, read once
     largest = tile == len(tiles) - 1
     if len(tiles) > 2 and largest.any() and not batch_invariant:
         blocks = -(-rows[largest] // tiles[-2].block_m) * heads.num_kv_heads
@@ -165,14 +113,18 @@ def find_segments(
     for index in np.unique(tile):
         chosen = tile == index
         # one under batch_invariant, since how many rows share a tile is a matter of the others
-        shared = 1 if batch_invariant else heads_per_program(
-            num_tok[chosen],
-            kv_len[chosen],
-            heads.group_size,
-            heads.num_kv_heads,
-            heads.itemsize,
-            tiles[index],
-            target,
+        shared = (
+            1
+            if batch_invariant
+            else heads_per_program(
+                num_tok[chosen],
+                kv_len[chosen],
+                heads.group_size,
+                heads.num_kv_heads,
+                heads.itemsize,
+                tiles[index],
+                target,
+            )
         )
         together[chosen] = shared
         size[chosen] = split_size(
@@ -183,7 +135,11 @@ def find_segments(
             batch_invariant,
             flops_per_key=2.0 * tiles[index].block_m * dims,
             bytes_per_key=float(shared * dims * heads.itemsize),
-            seconds_per_split=8.0 * int(num_tok[chosen].sum()) * heads.num_q_heads * heads.head_dim_v / target.bandwidth,
+            seconds_per_split=8.0
+            * int(num_tok[chosen].sum())
+            * heads.num_q_heads
+            * heads.head_dim_v
+            / target.bandwidth,
             beside=float(traffic[~chosen].sum()),
         )
     return Segments(node, kv_len, queries.begin[node], num_tok, tile, together, size), tiles
@@ -220,7 +176,8 @@ def lay_out_work(
         chosen = np.flatnonzero(segments.tile[split_of] == index)
         if chosen.size == 0:
             continue
-        # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay together
+        # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay
+        # together
         chosen = chosen[np.argsort(begin[chosen] - end[chosen], kind="stable")]
         together = int(segments.heads[split_of[chosen[0]]])
         blocks = -(-num_tok[chosen] * heads.group_size * together // tile.block_m)

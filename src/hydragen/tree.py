@@ -6,8 +6,6 @@ path from a root to there. Where the keys and values of a node live is the busin
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,15 +13,12 @@ from functools import cached_property
 import numpy as np
 
 from hydragen.forest import path_sums, row_layout
+from hydragen.handles import new_handle
 from hydragen.host_ints import IntArray, as_index, as_int_vector, as_positive_int, frozen
 from hydragen.radix import build_radix_tree
 from hydragen.tree_checks import check_tree, known, listed
 from hydragen.tree_levels import stack_levels
 from hydragen.tree_text import tree_text
-
-
-_handles = itertools.count(1)
-_trees: weakref.WeakValueDictionary[int, PrefixTree] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,17 +60,7 @@ class PrefixTree:
             if value is not None or name in ("parents", "row_to_node"):
                 object.__setattr__(self, name, frozen(as_int_vector(value, name).copy()))
         check_tree(*self._arrays)
-        # A number stands for the tree in compiled graphs, which hold tensors and numbers only.
-        object.__setattr__(self, "handle", next(_handles))
-        _trees[self.handle] = self
-
-    @staticmethod
-    def of_handle(handle: int) -> PrefixTree:
-        """Return the tree whose `handle` this is; ValueError if it no longer exists."""
-        tree = _trees.get(handle)
-        if tree is None:
-            raise ValueError(f"handle must be that of a living PrefixTree, got {handle}; keep the tree alive")
-        return tree
+        object.__setattr__(self, "handle", new_handle(self))
 
     @classmethod
     def from_parents(

@@ -1,11 +1,14 @@
-"""Launch choices as a pure function of the problem and the device: tiles and splits. No device is touched here.
+"""Launch choices as a pure function of the problem and the device: tiles and splits. No device is touched
+here.
 
 The tables hold what the ahead-of-time compiler reports without spills for every option of the kernel
-(`ci/compile_gate.py` checks each entry for each target); docs/experiments.md has the measurements behind them.
+(`ci/compile_gate.py` checks each entry for each target); docs/experiments.md has the measurements behind
+them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +34,10 @@ class Tile:
     resident : int
         Programs that fit one multiprocessor at a time.
     registers : int
-        Most registers a thread may use in plain decoding. Said outright: left alone, ptxas takes more than it needs,
-        or spills a little to fit more programs. On sm_90, 152 for the 128-row tile of 256 threads leave room for two
-        16-row programs of 64 threads and 192 registers beside it, which is what makes launches overlap.
+        Most registers a thread may use in plain decoding. Said outright: left alone, ptxas takes more than it
+        needs, or spills a little to fit more programs. On sm_90, 152 for the 128-row tile of 256 threads
+        leave room for two 16-row programs of 64 threads and 192 registers beside it, which is what makes
+        launches overlap.
     """
 
     block_m: int
@@ -84,7 +88,8 @@ INVARIANT_SPLIT = 2048
 _PROGRAM_SECONDS = 3e-6
 # Share of the device's peak that a compute-bound tile reaches.
 _COMPUTE_EFFICIENCY = 0.6
-# Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of memory.
+# Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
+# memory.
 _PROGRAM_BANDWIDTH = 40e9
 
 
@@ -102,7 +107,8 @@ def tiles_for(target: Target, head_dim: int, head_dim_v: int, itemsize: int) -> 
     aligned = head_dim % 8 == 0 and head_dim_v % 8 == 0
     table = _FLOAT_TILES if itemsize == 4 else _HALF_TILES if aligned else _UNALIGNED_TILES
     padded = max(head_dim, head_dim_v)
-    # the newest family up to the target's that has tiles for this size; the interpreter is a family of its own
+    # the newest family up to the target's that has tiles for this size; the interpreter is a family of its
+    # own
     found = [(-arch, size) for arch, size in table if arch <= target.arch and size >= padded]
     found = [key for key in found if (key[0] == 0) == (target.arch == 0)]
     if found:
@@ -125,11 +131,13 @@ def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool)
 
 
 def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: float, target: Target) -> bool:
-    """Return whether segments for the largest tile do better on the one below, which leaves more room beside it.
+    """Return whether segments for the largest tile do better on the one below, which leaves more room beside
+    it.
 
-    So it is where they last no longer than the memory traffic that runs beside them and are short: measured on an
-    H200 with heads 32/8 and head_dim 128, batch 256 over 4,096 keys 67 against 78 us, batch 64 28 against 32; but
-    54 against 62 where batch 64 meets 16,384 keys, and 241 against 261 for heads 32/32, batch 256, 16,384 keys.
+    So it is where they last no longer than the memory traffic that runs beside them and are short: measured
+    on an H200 with heads 32/8 and head_dim 128, batch 256 over 4,096 keys 67 against 78 us, batch 64 28
+    against 32; but 54 against 62 where batch 64 meets 16,384 keys, and 241 against 261 for heads 32/32, batch
+    256, 16,384 keys.
 
     Parameters
     ----------
@@ -150,15 +158,20 @@ def heads_per_program(
     tile: Tile,
     target: Target,
 ) -> int:
-    """Return how many KV heads one program of a tile serves: several share the smallest tile instead of padding it.
+    """Return how many KV heads one program of a tile serves: several share the smallest tile instead of
+    padding it.
 
-    The most heads that still read (nearly) the fewest keys, since where a segment has several query tokens too many
-    heads would split its rows over tiles, each of which reads the keys again; and that leave programs enough to fill
-    the device. One for float32, which has no registers to spare.
+    The most heads that still read (nearly) the fewest keys, since where a segment has several query tokens
+    too many heads would split its rows over tiles, each of which reads the keys again; and that leave
+    programs enough to fill the device. One for float32, which has no registers to spare.
     """
     if tile.block_m > 16 or itemsize == 4:
         return 1
-    counts = [h for h in (1, 2, 4, 8, 16) if h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4]
+    counts = [
+        h
+        for h in (1, 2, 4, 8, 16)
+        if h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4
+    ]
     blocks = [-(-num_tok * h * group_size // tile.block_m) for h in counts]
     reads = [int((kv_lens * block).sum()) for block in blocks]
     good = [
@@ -183,8 +196,8 @@ def split_size(
 ) -> int:
     """Return the most keys that one program attends to, a multiple of `tile.block_n`.
 
-    A small batch over a long prefix leaves most of the device idle unless the prefix is split over programs; but
-    every split costs a partial per row.
+    A small batch over a long prefix leaves most of the device idle unless the prefix is split over programs;
+    but every split costs a partial per row.
 
     Parameters
     ----------
@@ -197,8 +210,8 @@ def split_size(
     seconds_per_split : float
         What one more split of all segments costs in partials written and read.
     beside : float
-        Seconds of memory traffic that other launches have beside this one: being faster than they are gains nothing,
-        and one program per multiprocessor leaves them room.
+        Seconds of memory traffic that other launches have beside this one: being faster than they are gains
+        nothing, and one program per multiprocessor leaves them room.
     """
     if batch_invariant:
         return INVARIANT_SPLIT
@@ -208,7 +221,7 @@ def split_size(
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
     best, best_time = longest, float("inf")
     for num_splits in range(1, 129):
-        size = -(-(-(-longest // num_splits)) // tile.block_n) * tile.block_n
+        size = math.ceil(longest / num_splits / tile.block_n) * tile.block_n
         if num_splits > 1 and size < 4 * tile.block_n:
             break
         splits = -(-kv_lens // size)

@@ -19,8 +19,8 @@ class AttentionState(NamedTuple):
         Attention output over these keys alone.
     lse : tensor [..., num_q_heads], float32 (float64 where the input is float64)
         Natural log of the sum of exp(logit), logits scaled, soft-capped and masked. Shaped like `out` without
-        its last dimension. Where there is nothing to attend: `out = 0` and `lse = -inf`, never NaN and never a
-        finite stand-in. With sinks, `lse` includes the sink once. A logit of -inf has weight 0.
+        its last dimension. Where there is nothing to attend: `out = 0` and `lse = -inf`, never NaN and never
+        a finite stand-in. With sinks, `lse` includes the sink once. A logit of -inf has weight 0.
     """
 
     out: Tensor

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Protocol
 
 from torch import Tensor
 
+from hydragen.plan import Plan
+from hydragen.types import AttentionState
+from hydragen.validation import Call
 
-def choose_backend(backend: str, q: Tensor) -> ModuleType:
-    """Return the backend's module; "auto" is Triton for CUDA tensors and the reference elsewhere."""
+
+class Backend(Protocol):
+    """What every backend can do."""
+
+    def run(self, plan: Plan, call: Call) -> AttentionState:
+        """Compute one planned call; `lse` may be empty unless `call.options.return_lse`."""
+        ...
+
+
+def choose_backend(backend: str, q: Tensor) -> Backend:
+    """Return the backend, a module; "auto" is Triton for CUDA tensors and the reference elsewhere."""
     if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
         try:
-            from hydragen.backends import triton
+            from hydragen.backends import triton  # noqa: PLC0415 (the library works without triton)
         except ImportError as error:
             raise ValueError(
-                f'backend {backend!r} needs the package triton, which cannot be imported here ({error}); '
+                f"backend {backend!r} needs the package triton, which cannot be imported here ({error}); "
                 'install triton or pass backend="reference"'
             ) from error
         return triton
-    from hydragen.backends import reference
+    from hydragen.backends import reference  # noqa: PLC0415 (only the backend that is needed)
 
     return reference

@@ -22,8 +22,8 @@ def launch_kernel(
 ) -> None:
     """Launch `kernel` on the current stream.
 
-    Triton's own call binds and specialises every argument anew, which takes longer than many of our kernels run.
-    A kernel that has been compiled for the same specialisation is launched without that.
+    Triton's own call binds and specialises every argument anew, which takes longer than many of our kernels
+    run. A kernel that has been compiled for the same specialisation is launched without that.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Query tokens and positions as tensors on q's device: constants of a plan, or computed from lengths that live there."""
+"""Query tokens and positions on q's device: constants of a plan, or computed from lengths that live there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton path: one launch per kind of tile over one work table, then one merge launch where rows have partials."""
+"""The Triton path: one launch per kind of tile over one work table, then one merge of partials."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hydragen.backends.launch import INTERPRET, launch_kernel
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
-from hydragen.plan import Heads, Plan
+from hydragen.plan import Plan
+from hydragen.queries import Heads
 from hydragen.types import AttentionState
 from hydragen.validation import Call
 
@@ -71,13 +72,16 @@ def _dependent_launches(plan: Plan) -> bool:
 def padded(size: int, itemsize: int) -> int:
     """Return the block size that holds `size` elements of a head: a power of two.
 
-    At least 64 for the tensor cores' types: with 16 or 32 columns of values beside 64 of keys Triton 3.6 makes a wgmma
-    kernel that reads past its shared memory (compute-sanitizer: invalid __shared__ read; head_dim 33, head_dim_v 20).
+    At least 64 for the tensor cores' types: with 16 or 32 columns of values beside 64 of keys Triton 3.6
+    makes a wgmma kernel that reads past its shared memory (compute-sanitizer: invalid __shared__ read;
+    head_dim 33, head_dim_v 20).
     """
     return max(16 if INTERPRET or itemsize == 4 else 64, 1 << (size - 1).bit_length())
 
 
-def _launch_attend(plan: Plan, call: Call, tokens: Tokens, index: int, items: Tensor, buffers: _Buffers) -> None:
+def _launch_attend(
+    plan: Plan, call: Call, tokens: Tokens, index: int, items: Tensor, buffers: _Buffers
+) -> None:
     """Launch the work of one kind of tile."""
     q, nodes, heads, options = call.q, call.nodes, plan.heads, call.options
     launch = plan.work.launches[index]
@@ -104,7 +108,12 @@ def _launch_attend(plan: Plan, call: Call, tokens: Tokens, index: int, items: Te
         anything if tokens.kv_start is None else tokens.kv_start,
         anything if tokens.kv_lens is None else tokens.kv_lens,
     )
-    sizes = (launch.items.shape[0], heads.num_kv_heads, q.shape[1] if q.dim() == 4 else 1, options.window or 0)
+    sizes = (
+        launch.items.shape[0],
+        heads.num_kv_heads,
+        q.shape[1] if q.dim() == 4 else 1,
+        options.window or 0,
+    )
     scales = (options.scale * _LOG2_E, options.softcap or 0.0)
     strides = (
         stride_qb,
@@ -227,7 +236,8 @@ def _check_supported(call: Call) -> None:
         )
     if q.dtype == torch.float64:
         raise TypeError(
-            'backend "triton" takes float16, bfloat16 and float32, got torch.float64; pass backend="reference"'
+            'backend "triton" takes float16, bfloat16 and float32, got torch.float64; '
+            'pass backend="reference"'
         )
     tensors = [q, *call.nodes.k, *call.nodes.v, *([] if options.sinks is None else [options.sinks])]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

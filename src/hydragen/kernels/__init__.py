@@ -1,1 +1,1 @@
-"""Triton kernels. Files in this folder import triton and nothing else of ours; launching is backends/triton.py's work."""
+"""Triton kernels. They import triton and nothing else; launching is the work of backends/triton.py."""

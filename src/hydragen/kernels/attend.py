@@ -17,18 +17,22 @@ ITEM_COLUMNS = tl.constexpr(9)
 
 @triton.jit
 def attend_block(
-    acc, running_max, running_sum, q, k_ptrs, v_ptrs, start, end, q_pos, kv_start, window, row_kv_head, only_head,
+    acc, running_max, running_sum, q, k_ptrs, v_ptrs, start, end, q_pos, kv_start, window, row_kv_head,
+    only_head,
     scale_log2, softcap,
     stride_kt, stride_vt,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HEADS: tl.constexpr,
-    MASKED: tl.constexpr, ISOLATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
+    MASKED: tl.constexpr, ISOLATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax over keys [start, start + BLOCK_N // HEADS); `k_ptrs`, `v_ptrs` are at key 0.
+    """One step of the running softmax over keys [start, start + BLOCK_N // HEADS); `k_ptrs`, `v_ptrs` are at
+    key 0.
 
-    Column n is key start + n // HEADS of KV head n % HEADS, and a row sees the columns of its own head: so the 16
-    rows of the smallest tile are those of several KV heads instead of padding, and a key's memory is one long run.
+    Column n is key start + n // HEADS of KV head n % HEADS, and a row sees the columns of its own head: so
+    the 16 rows of the smallest tile are those of several KV heads instead of padding, and a key's memory is
+    one long run.
     """
     columns = tl.arange(0, BLOCK_N)
     offs_n = start + columns // HEADS
@@ -91,20 +95,23 @@ def attend(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CONTIGUOUS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr,
-    GATHER_Q: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr,
+    GATHER_Q: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    FINAL: tl.constexpr, PDL: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
     NUM_STAGES: tl.constexpr, LOOP_TAIL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attend one item of the work table for HEADS KV heads.
 
-    A program serves HEADS KV heads from `kv_head` on, with R = HEADS * GROUP_SIZE query heads. Row r of the item is
-    query token `tok_begin + r // R` (in tree order), query head `kv_head * GROUP_SIZE + r % R`. FINAL (no token has a second partial): the row goes to
-    out [tokens, num_q_heads, HEAD_DIM_V] and lse [tokens, num_q_heads]. Otherwise it goes to part_out (float32,
-    normalised) and part_lse (base 2) at partial row `dest + token - tok_begin`. The choice is made at compile
-    time: both stores in one kernel cost 30 to 50 registers.
+    A program serves HEADS KV heads from `kv_head` on, with R = HEADS * GROUP_SIZE query heads. Row r of the
+    item is query token `tok_begin + r // R` (in tree order), query head `kv_head * GROUP_SIZE + r % R`. FINAL
+    (no token has a second partial): the row goes to out [tokens, num_q_heads, HEAD_DIM_V] and lse [tokens,
+    num_q_heads]. Otherwise it goes to part_out (float32, normalised) and part_lse (base 2) at partial row
+    `dest + token - tok_begin`. The choice is made at compile time: both stores in one kernel cost 30 to 50
+    registers.
     """
     if PDL:
-        gdc_launch_dependents()  # the next launch may take what room this one leaves, as soon as all of it is placed
+        # The next launch may take what room this one leaves, as soon as all of this one is placed.
+        gdc_launch_dependents()
     if HEADS_FIRST:
         item = tl.program_id(0) // (num_kv_heads // HEADS)
         kv_head = tl.program_id(0) % (num_kv_heads // HEADS) * HEADS
@@ -139,7 +146,11 @@ def attend(
         row_ok = row_ok & (token >= 0)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    q_rows = (token // q_len).to(tl.int64) * stride_qb + (token % q_len).to(tl.int64) * stride_qt + head * stride_qh
+    q_rows = (
+        (token // q_len).to(tl.int64) * stride_qb
+        + (token % q_len).to(tl.int64) * stride_qt
+        + head * stride_qh
+    )
     q_mask = row_ok[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + (offs_d * stride_qd)[None, :], mask=q_mask, other=0.0)
 
@@ -159,8 +170,16 @@ def attend(
         stride_vd = select(strides_vd, level)
     key = (tl.arange(0, BLOCK_N) // HEADS)[:, None].to(tl.int64)
     key_head = (tl.arange(0, BLOCK_N) % HEADS)[:, None].to(tl.int64)
-    k_base = select(k_ptrs, level) + slot.to(tl.int64) * select(strides_kn, level) + kv_head.to(tl.int64) * stride_kh
-    v_base = select(v_ptrs, level) + slot.to(tl.int64) * select(strides_vn, level) + kv_head.to(tl.int64) * stride_vh
+    k_base = (
+        select(k_ptrs, level)
+        + slot.to(tl.int64) * select(strides_kn, level)
+        + kv_head.to(tl.int64) * stride_kh
+    )
+    v_base = (
+        select(v_ptrs, level)
+        + slot.to(tl.int64) * select(strides_vn, level)
+        + kv_head.to(tl.int64) * stride_vh
+    )
     # one row of pointers per key, moved along by a scalar: int64, since stride * index may pass 2**31
     k_tile = k_base + (key * stride_kt + key_head * stride_kh + (offs_d * stride_kd)[None, :])
     v_tile = v_base + (key * stride_vt + key_head * stride_vh + (offs_dv * stride_vd)[None, :])
@@ -170,7 +189,8 @@ def attend(
     running_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    # Keys [begin, end) in blocks counted from `begin`: [lo, mid_lo) masked, [mid_lo, mid_hi) whole, [mid_hi, end) masked.
+    # Keys [begin, end) in blocks counted from `begin`: [lo, mid_lo) masked, [mid_lo, mid_hi) whole, [mid_hi,
+    # end) masked.
     lo = begin
     mid_lo = begin
     mid_hi = end
@@ -191,33 +211,42 @@ def attend(
         mid_hi = tl.maximum(mid_hi, mid_lo)
         for start in tl.range(lo, mid_lo, STEP, num_stages=1):
             acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head, -1,
-                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
+                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
+                row_kv_head, -1,
+                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HEADS,
                 True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
             )  # fmt: skip
     for start in tl.range(mid_lo, mid_hi, STEP, num_stages=NUM_STAGES):
         acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head, -1,
-            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
+            acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
+            row_kv_head, -1,
+            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HEADS,
             False, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
         )  # fmt: skip
     # The tail is peeled: a mask in the main loop would cost its registers (64x64: 158 against 234).
     if CAUSAL or WINDOW or LOOP_TAIL:
         for start in tl.range(mid_hi, end, STEP, num_stages=1):
             acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head, -1,
-                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
+                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
+                row_kv_head, -1,
+                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+                HEADS,
                 True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
             )  # fmt: skip
     elif mid_hi < end:
         acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, mid_hi, end, q_pos, kv_start, window, row_kv_head, -1,
-            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS,
+            acc, running_max, running_sum, q, k_tile, v_tile, mid_hi, end, q_pos, kv_start, window,
+            row_kv_head, -1,
+            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HEADS,
             True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
         )  # fmt: skip
 
     if HEADS > 1:
-        # A weight of 0 times another head's NaN or infinite value is NaN. Rare: then each head once more, alone.
+        # A weight of 0 times another head's NaN or infinite value is NaN. Rare: then each head once more,
+        # alone.
         if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
             for only_head in range(HEADS):
                 own_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -225,8 +254,10 @@ def attend(
                 own_sum = tl.zeros([BLOCK_M], tl.float32)
                 for start in tl.range(lo, end, STEP, num_stages=1):
                     own_acc, own_max, own_sum = attend_block(
-                        own_acc, own_max, own_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window, row_kv_head,
-                        only_head, scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D,
+                        own_acc, own_max, own_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
+                        row_kv_head,
+                        only_head, scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
+                        BLOCK_D,
                         BLOCK_DV, HEADS, True, True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
                     )  # fmt: skip
                 acc = tl.where((row_kv_head == only_head)[:, None], own_acc, acc)

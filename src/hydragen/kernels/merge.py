@@ -13,7 +13,8 @@ def merge(
     indptr_ptr, indices_ptr, q_token_ptr,
     num_q_heads,
     HEAD_DIM_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr, UNROLL: tl.constexpr,
-    GATHER_Q: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    GATHER_Q: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PDL: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of query token `program_id(0)` (in tree order) for BLOCK_H query heads.
 
@@ -41,7 +42,9 @@ def merge(
             ok = block + i < last
             row = tl.load(indices_ptr + block + i, mask=ok, other=0).to(tl.int64) * num_q_heads + head
             part_lse = tl.load(part_lse_ptr + row, mask=head_ok & ok, other=float("-inf"))
-            part = tl.load(part_out_ptr + row[:, None] * HEAD_DIM_V + offs_d[None, :], mask=mask & ok, other=0.0)
+            part = tl.load(
+                part_out_ptr + row[:, None] * HEAD_DIM_V + offs_d[None, :], mask=mask & ok, other=0.0
+            )
             acc, running_max, running_sum = fold(acc, running_max, running_sum, part, part_lse)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head, mask=head_ok, other=0.0).to(tl.float32)

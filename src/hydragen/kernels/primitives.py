@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# The lowest finite float32. A running maximum starts here and not at -inf, so that no subtraction of two infinities
-# can occur; no finite logit lies below it, so it is no sentinel that real data could pass.
+# The lowest finite float32. A running maximum starts here and not at -inf, so that no subtraction of two
+# infinities # can occur; no finite logit lies below it, so it is no sentinel that real data could pass.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -31,7 +31,9 @@ def dot(a, b, acc, INTERPRET: tl.constexpr):
 @triton.jit
 def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """x float32 rounded to nearest even in `dtype`."""
-    if INTERPRET and dtype == tl.bfloat16:  # the interpreter's cast truncates: add half of the last place first
+    if (
+        INTERPRET and dtype == tl.bfloat16
+    ):  # the interpreter's cast truncates: add half of the last place first
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         finite = tl.abs(x) < float("inf")
@@ -57,7 +59,8 @@ def tanh(x):
 
 @triton.jit
 def fold(acc, running_max, running_sum, part, part_lse):
-    """Fold a normalised partial `part` [.., D] with base-2 log-sum-exp `part_lse` [..] into a running softmax.
+    """Fold a normalised partial `part` [.., D] with base-2 log-sum-exp `part_lse` [..] into a running
+    softmax.
 
     An empty partial (-inf) has weight 0; the maximum stays at or above LOWEST, so -inf - -inf cannot occur.
     """

@@ -1,8 +1,8 @@
 """Out-of-bounds reads and writes of Triton kernels, found on a CPU.
 
-Triton's interpreter follows raw pointers, so a kernel that reads past a tensor goes unnoticed unless the bytes
-there happen to be NaN. Inside `checked_accesses` every address that a kernel loads from or stores to must lie in
-one of the tensors it was launched with.
+Triton's interpreter follows raw pointers, so a kernel that reads past a tensor goes unnoticed unless the
+bytes there happen to be NaN. Inside `checked_accesses` every address that a kernel loads from or stores to
+must lie in one of the tensors it was launched with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 
-class OutOfBounds(AssertionError):
+class OutOfBoundsError(AssertionError):
     """A kernel touched memory that belongs to none of its arguments."""
 
 
@@ -25,10 +25,10 @@ def checked_accesses() -> Iterator[None]:
 
     Raises
     ------
-    OutOfBounds
+    OutOfBoundsError
         From the kernel launch; wrapped in the interpreter's own error, whose text names it.
     """
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter  # noqa: PLC0415 (the library works without triton)
 
     builder = interpreter.interpreter_builder
     kind = type(builder)
@@ -43,10 +43,10 @@ def checked_accesses() -> Iterator[None]:
             inside |= (addresses >= begin) & (addresses + size <= end)
         if not inside.all():
             nearest = min(allowed, key=lambda span: abs(span[0] - addresses[~inside][0]), default=(0, 0))
-            raise OutOfBounds(
-                f"{what} of {int((~inside).sum())} elements of {size} bytes outside every argument of the kernel, the "
-                f"first {int(addresses[~inside][0]) - nearest[0]} bytes from the start of a tensor of "
-                f"{nearest[1] - nearest[0]} bytes"
+            raise OutOfBoundsError(
+                f"{what} of {int((~inside).sum())} elements of {size} bytes outside every argument of the "
+                f"kernel, the first {int(addresses[~inside][0]) - nearest[0]} bytes from the start of a "
+                f"tensor of {nearest[1] - nearest[0]} bytes"
             )
 
     def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:

@@ -98,7 +98,7 @@ def problems(
         max_kv_heads=max_kv_heads,
         causal=_optional([True], causal),
         window=_optional(windows, window),
-        softcap=_optional(SOFTCAPS, softcap, nones=2),
+        softcap=_optional(SOFTCAPS, softcap),
         scale=_optional(SCALES, scale),
         sinks=_optional([True], sinks),
     )
@@ -122,10 +122,10 @@ def _some(items: st.SearchStrategy[_T], most: int) -> st.SearchStrategy[list[_T]
     return st.builds(operator.add, first, st.lists(items, max_size=most // 2))
 
 
-def _optional(values: Sequence[_T], given: bool | None, nones: int = 1) -> list[_T | None]:
-    """Choices of an option: None as often as all values together, or ``nones`` times as often."""
+def _optional(values: Sequence[_T], given: bool | None) -> list[_T | None]:
+    """Choices of an option: None as often as all values together."""
     if given is None:
-        return [*[None] * (nones * len(values)), *values]
+        return [*[None] * len(values), *values]
     return [*values] if given else [None]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.lengths import KVLens, check_kv_lens
-from hydragen.plan import Heads
+from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
 from hydragen.types import Options
 from hydragen.validation.kv import check_kv

@@ -8,7 +8,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from hydragen.kv import NodeKV, PackedKV, levels_tree, node_kv_of_levels, node_kv_of_packed
-from hydragen.plan import Heads
+from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
 from hydragen.validation.queries import check_cu_seqlens
 from hydragen.validation.tensors import check_tensor, kind

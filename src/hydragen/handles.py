@@ -1,0 +1,24 @@
+"""Numbers that stand for objects in compiled graphs, which hold tensors and numbers only."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+_numbers = itertools.count(1)
+_objects: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+
+
+def new_handle(thing: object) -> int:
+    """Return a number by which `thing` can be found while it lives."""
+    handle = next(_numbers)
+    _objects[handle] = thing
+    return handle
+
+
+def of_handle(handle: int) -> object:
+    """Return what a handle stands for; ValueError if it no longer exists."""
+    thing = _objects.get(handle)
+    if thing is None:
+        raise ValueError(f"handle must be that of a living object, got {handle}; keep the PrefixTree alive")
+    return thing
