@@ -6,7 +6,7 @@ import os
 
 import pytest
 import subjects
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # One example costs about 20 ms, in the interpreter about 200 ms.
 EXAMPLES = {"dev": 15, "ci": 150, "nightly": 10_000}
@@ -18,6 +18,8 @@ for _name, _examples in (INTERPRETER_EXAMPLES if subjects.INTERPRETED else EXAMP
         max_examples=_examples,
         deadline=None,
         print_blob=True,
+        # Explaining a failure runs it many times more: too slow in the interpreter.
+        phases=[phase for phase in Phase if phase is not Phase.explain or not subjects.INTERPRETED],
         # In CI a change is to blame for a red build, never the day: always the same examples. New ones are
         # found by nightly (and at home by dev), whose failures can be reproduced by the blob they print.
         derandomize=_name == "ci",
