@@ -157,3 +157,46 @@ def test_offsets_out_of_range_stay_in_memory(backend: str, device: torch.device)
         got = attend(PROBLEM, backend, device, inputs, cu_seqlens_q=on(device, bad), max_seqlen_q=3)
         assert torch.equal(got[0][:4], out[:4])
         assert torch.equal(got[1][:4], lse[:4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kv_lens": [37.0, 5.0, 0.0, 20.0]}, TypeError, "kv_lens must be int32 or int64, got torch.float32"),
+        (
+            {"kv_lens": [37, 5, 0]},
+            ValueError,
+            r"kv_lens must have shape \[4\], one length per node, got \[3\]",
+        ),
+        ({"kv_lens": [[37, 5, 0, 20]]}, ValueError, r"kv_lens must have shape \[4\], .*, got \[1, 4\]"),
+        (
+            {"cu_seqlens_q": [0.0, 3.0, 4.0, 6.0, 7.0], "max_seqlen_q": 3},
+            TypeError,
+            "cu_seqlens_q must be int32",
+        ),
+        (
+            {"cu_seqlens_q": [[0, 3, 4, 6, 7]], "max_seqlen_q": 3},
+            ValueError,
+            r".*num_rows \+ 1.* shape \[1, 5\]",
+        ),
+        (
+            {"cu_seqlens_q": [0, 3, 4, 6, 7]},
+            ValueError,
+            "max_seqlen_q must be given when cu_seqlens_q lives on",
+        ),
+        (
+            {"cu_seqlens_q": [0, 3, 4, 6, 7], "max_seqlen_q": -1},
+            ValueError,
+            "max_seqlen_q must be .* at least 0",
+        ),
+    ],
+)
+def test_wrong_lengths_on_the_device(
+    arguments: dict[str, Any], error: type[Exception], message: str, device: torch.device
+) -> None:
+    right = {"cu_seqlens_q": [0, 3, 4, 6, 7]}
+    there = {
+        name: x if name == "max_seqlen_q" else torch.tensor(x, device=device) for name, x in arguments.items()
+    }
+    with pytest.raises(error, match=f"^{message}"):
+        attend(PROBLEM, "reference", device, **{**right, **there})

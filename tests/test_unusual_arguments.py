@@ -124,3 +124,13 @@ def test_validate_reads_offsets_on_the_device() -> None:
         ValueError, match=r"max_seqlen_q must be given when cu_seqlens_q lives on a device.*None; "
     ):
         hydragen.attention(q, kv, tree=star(), cu_seqlens_q=cu)
+
+
+@pytest.mark.gpu
+def test_tensors_on_two_devices() -> None:
+    right = two_levels()
+    q, kv = right["q"].cuda(), [(k.cuda(), v.cuda()) for k, v in right["kv"]]
+    with pytest.raises(ValueError, match=r"kv\[1\] v must be on the device of q, cuda:0, got cpu; "):
+        hydragen.attention(q, [kv[0], (kv[1][0], right["kv"][1][1])])
+    with pytest.raises(ValueError, match=r"sinks must be on the device of q, cuda:0, got cpu; "):
+        hydragen.attention(q, kv, sinks=zeros(NUM_Q_HEADS))
