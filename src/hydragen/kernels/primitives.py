@@ -35,7 +35,7 @@ def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
         INTERPRET and dtype == tl.bfloat16
     ):  # the interpreter's cast truncates: add half of the last place first
         bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         finite = tl.abs(x) < float("inf")
         return tl.where(finite, rounded, x).to(dtype)
     else:
@@ -53,7 +53,8 @@ def tanh(x):
     series = series * x2 + 2.0 / 15.0
     series = series * x2 - 1.0 / 3.0
     small = x + x * x2 * series
-    large = 1.0 - 2.0 / (tl.math.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
+    size = tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL)  # beyond, tanh is 1 and exp overflows
+    large = 1.0 - 2.0 / (tl.math.exp2(size * (2.0 * LOG2_E)) + 1.0)
     return tl.where(x2 < 0.16, small, tl.where(x < 0, -large, large))
 
 
