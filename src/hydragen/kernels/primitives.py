@@ -53,7 +53,7 @@ def tanh(x):
     series = series * x2 + 2.0 / 15.0
     series = series * x2 - 1.0 / 3.0
     small = x + x * x2 * series
-    size = tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL)  # beyond, tanh is 1 and exp overflows
+    size = tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL)  # or exp overflows
     large = 1.0 - 2.0 / (tl.math.exp2(size * (2.0 * LOG2_E)) + 1.0)
     return tl.where(x2 < 0.16, small, tl.where(x < 0, -large, large))
 
