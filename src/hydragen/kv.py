@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -30,8 +31,7 @@ class PackedKV:
     cu_seqlens_k: Sequence[int] | IntArray | Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class NodeKV:
+class NodeKV(NamedTuple):
     """The one form into which every KV layout is brought.
 
     Key t of head h of node i is `k[level[i]]` at offset `slot[i] * strides[0] + t * strides[1] + h *
@@ -86,9 +86,8 @@ def node_kv_of_levels(levels: Sequence[tuple[Tensor, Tensor]], tree: PrefixTree)
     """Place each node: level = its depth, slot = its place among the nodes of that depth."""
     ks, vs = tuple([k for k, _ in levels]), tuple([v for _, v in levels])
     slot, capacity = _places(tree, tuple([k.shape[1] for k in ks]))
-    return NodeKV(
-        ks, vs, tuple(map(_strides, ks)), tuple(map(_strides, vs)), tree.depth, slot, capacity, packed=False
-    )
+    k_strides, v_strides = tuple([k.stride() for k in ks]), tuple([v.stride() for v in vs])
+    return NodeKV(ks, vs, k_strides, v_strides, tree.depth, slot, capacity, packed=False)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
@@ -102,19 +101,7 @@ def _places(tree: PrefixTree, lengths: tuple[int, ...]) -> tuple[IntArray, IntAr
 
 def node_kv_of_packed(k: Tensor, v: Tensor, cu_seqlens_k: IntArray) -> NodeKV:
     """Place each node at its token offset."""
-    zeros = np.zeros(cu_seqlens_k.size - 1, np.int64)
-    return NodeKV(
-        (k,),
-        (v,),
-        (_strides(k),),
-        (_strides(v),),
-        zeros,
-        cu_seqlens_k[:-1],
-        np.diff(cu_seqlens_k),
-        packed=True,
-    )
-
-
-def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    strides = x.stride()
-    return (strides[0], *strides[-3:]) if x.dim() == 4 else (strides[0], *strides)  # type: ignore[return-value]
+    # slots are token indices
+    k_strides, v_strides = ((x.stride(0), *x.stride()) for x in (k, v))
+    slot, capacity = cu_seqlens_k[:-1], np.diff(cu_seqlens_k)
+    return NodeKV((k,), (v,), (k_strides,), (v_strides,), np.zeros_like(slot), slot, capacity, packed=True)  # type: ignore[arg-type]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from hydragen.kv import NodeKV
 from hydragen.tree import PrefixTree
 
 
-@dataclass(frozen=True, eq=False)
-class KVLens:
+class KVLens(NamedTuple):
     """Lengths of all nodes.
 
     Attributes

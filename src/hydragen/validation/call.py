@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +18,7 @@ from hydragen.validation.queries import check_queries
 from hydragen.validation.tensors import check_tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
+class Call(NamedTuple):
     """One attention call whose arguments have been checked.
 
     Attributes

@@ -55,9 +55,8 @@ def _check_levels(kv: object, tree: PrefixTree | None, num_rows: int, q: Tensor)
                 "pass [(k, v), ...], one pair per level"
             )
         levels.append((check_tensor(level[0], f"kv[{i}] k", q), check_tensor(level[1], f"kv[{i}] v", q)))
-    k_shapes = tuple([tuple(k.shape) for k, _ in levels])
-    v_shapes = tuple([tuple(v.shape) for _, v in levels])
-    tree = _tree_of_levels(k_shapes, v_shapes, tree, num_rows)
+    shapes = tuple([k.shape for k, _ in levels]), tuple([v.shape for _, v in levels])
+    tree = _tree_of_levels(*shapes, tree, num_rows)
     return tree, node_kv_of_levels(levels, tree)
 
 

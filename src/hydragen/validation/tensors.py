@@ -28,6 +28,16 @@ def check_tensor(x: object, name: str, like: Tensor | None = None) -> Tensor:
     ValueError
         If it holds no data or lives elsewhere.
     """
+    if (
+        like is not None
+        and type(x) is Tensor
+        and x.dtype is like.dtype
+        and x.device == like.device
+        and x.layout is torch.strided
+        and not x.is_nested
+        and not x.is_neg()
+    ):
+        return x  # what `like` passed, this has in common with it
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}; make one with torch.as_tensor")
     if x.is_nested:
