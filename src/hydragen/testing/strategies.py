@@ -96,7 +96,8 @@ def problems(
         same_head_dim_v=same_head_dim_v,
         group_sizes=group_sizes,
         max_kv_heads=max_kv_heads,
-        causal=_optional([True], causal),
+        # twice in three: only then do positions matter, and many of the mistakes
+        causal=[None, True, True] if causal is None else _optional([True], causal),
         window=_optional(windows, window),
         softcap=_optional(SOFTCAPS, softcap),
         scale=_optional(SCALES, scale),
