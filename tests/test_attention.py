@@ -11,6 +11,7 @@ import hydragen
 import hydragen.plan
 from hydragen import api
 from hydragen.testing import Problem, view
+from hydragen.tuning import Tile
 
 BASE = Problem(
     parents=(-1, 0, 0, 1),
@@ -135,6 +136,26 @@ def test_options_in_splits(name: str, backend: str, device: torch.device) -> Non
     splits = [-(-kv_len // 16) for kv_len in problem.kv_lens]
     per_row = [sum(splits[node] for node in problem.path(row)) for row in range(problem.num_rows)]
     assert plan.work.num_partials == sum(n * q_len for n, q_len in zip(per_row, problem.q_lens, strict=True))
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("name", ["causal", "everything", "window across segments", "lopsided logits"])
+def test_several_kv_heads_in_one_tile(
+    heads: int, name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever would be fastest: that takes more rows than an interpreter has time for."""
+
+    def per_program(*arguments: object) -> int:
+        (tile,) = (x for x in arguments if isinstance(x, Tile))
+        return heads if tile.block_m == 16 else 1
+
+    monkeypatch.setattr(hydragen.plan, "heads_per_program", per_program)
+    api._PLANS.clear()
+    problem = replace(BASE, num_q_heads=8, num_kv_heads=4, dtype=torch.float16, **OPTIONS[name])
+    check(problem, backend, device, spare=3)
+    check(problem, backend, device, layout="levels", memory="heads_first")
+    assert any(launch.heads == heads for plan in api._PLANS.values() for launch in plan.work.launches)
+    api._PLANS.clear()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

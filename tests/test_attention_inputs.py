@@ -11,7 +11,8 @@ from judged import attend, check
 from torch import Tensor
 
 import hydragen
-from hydragen import PackedKV
+import hydragen.plan
+from hydragen import PackedKV, api
 from hydragen.testing import Inputs, Problem, oracle, restride, view
 from hydragen.testing.views import MEMORY
 
@@ -144,6 +145,32 @@ def test_what_is_not_finite_flows_to_the_rows_that_see_it(
         assert torch.equal(mine.cpu()[sees, :2], untouched.cpu()[sees, :2])
         there = mine.cpu()[sees, 2:].double()
         torch.testing.assert_close(there, truth[sees, 2:], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("masks", [{}, {"causal": True, "window": 50}], ids=["plain", "masked"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_what_is_not_finite_stays_with_its_head(
+    value: float,
+    masks: dict[str, Any],
+    backend: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where one tile serves several KV heads, and multiplies the others' values by a weight of 0."""
+    monkeypatch.setattr(hydragen.plan, "heads_per_program", lambda *_: 2)
+    api._PLANS.clear()
+    problem = replace(PROBLEM, dtype=torch.float16)
+    clean = problem.tensors()
+    inputs = clean.clone()
+    inputs.v[[2, 40], 1] = value  # in the prefix and in a suffix
+    got = attend(problem, backend, device, inputs, **masks)
+    untouched = attend(problem, backend, device, clean, **masks)
+    assert {launch.heads for plan in api._PLANS.values() for launch in plan.work.launches} == {2}
+    api._PLANS.clear()
+    assert torch.equal(got[0][:, :2], untouched[0][:, :2])
+    assert torch.equal(got[1], untouched[1])
+    assert not got[0][:, 2:].isfinite().any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
