@@ -228,3 +228,11 @@ def test_results_are_new_tensors(backend: str, device: torch.device) -> None:
     out.zero_()
     assert torch.equal(inputs.v, before)
     assert before.any()
+
+
+def test_fresh_memory_is_poison(device: torch.device) -> None:
+    """What nobody writes would show in every test here."""
+    x = torch.ones(2, device=device)
+    for fresh in (torch.empty(3, device=device), x.new_empty(2, 2), torch.empty_like(x)):
+        assert fresh.isnan().all()
+    assert (torch.empty(3, dtype=torch.int32, device=device) == 2**31 - 1).all()
