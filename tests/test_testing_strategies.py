@@ -45,9 +45,8 @@ def rows_at(problem: Problem) -> list[int]:
     return sorted(problem.row_to_node.count(node) for node in set(problem.row_to_node))
 
 
-# Name, what it looks like, and the least share of the examples. Even derandomized, Hypothesis draws
-# differently where other modules are loaded (it tries their constants), so the share asked for is well under
-# the usual one.
+# Name, what it looks like, and the least share of the examples. Even derandomized, Hypothesis draws otherwise
+# where other modules are loaded (it tries their constants): the share is well under the usual one.
 HARD_CASES: list[tuple[str, Callable[[Problem], bool], float]] = [
     ("zero-length segment", lambda p: 0 in p.kv_lens, 0.3),
     (
