@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hydragen.backends.triton import MERGE_HEADS, MERGE_UNROLL, padded
+from hydragen.backends.launches import MERGE_HEADS, MERGE_UNROLL, padded
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.target import Target
@@ -35,12 +35,14 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 NUM_LEVELS, GROUP_SIZE, NUM_KV_HEADS = 2, 4, 8
 
 # What a call can ask for, as sets of kernel flags that cover every branch at least once.
-VARIANTS: dict[str, dict[str, bool]] = {
+VARIANTS: dict[str, dict[str, int]] = {
     "decode": {},
     "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
     "masked": {"CAUSAL": True, "WINDOW": True, "GATHER_Q": True, "HAS_LENS": True, "STRIDED": True},
     "soft cap": {"SOFTCAP": True, "FOLD_SCALE": False, "CAUSAL": True, "FINAL": True, "HAS_LSE": True},
     "padded head_dim": {"PADDED": True, "CAUSAL": True},
+    "small pages": {"PAGE_SIZE": 1, "HAS_LENS": True},  # a page for every key
+    "large pages": {"PAGE_SIZE": 64, "HAS_LENS": True},  # a page for every step
 }
 
 
@@ -96,14 +98,15 @@ def compile_case(case: Case) -> Any:
     variant = VARIANTS[case.variant]
     itemsize = 4 if case.dtype == "fp32" else 2
     head_dim = case.head_dim - 8 if variant.get("PADDED") else case.head_dim
-    on = {name: variant.get(name, False) for name in (
+    on: dict[str, Any] = {name: variant.get(name, False) for name in (
         "GATHER_Q", "HAS_LENS", "HAS_SINKS", "HAS_LSE", "FINAL", "CAUSAL", "WINDOW", "SOFTCAP",
     )}  # fmt: skip
     constants = on | {
         "q_len": 1, "stride_qd": 1, "GROUP_SIZE": GROUP_SIZE, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": padded(head_dim, itemsize),
         "BLOCK_DV": padded(head_dim, itemsize),
-        "CONTIGUOUS": not variant.get("STRIDED"), "NUM_KV_HEADS": NUM_KV_HEADS,
+        "PAGE_SIZE": variant.get("PAGE_SIZE", 0), "CONTIGUOUS": not variant.get("STRIDED"),
+        "NUM_KV_HEADS": NUM_KV_HEADS,
         "HEADS_FIRST": tile.block_m <= 16,
         "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1,
         "PDL": case.arch >= 90,

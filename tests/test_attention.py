@@ -8,7 +8,7 @@ import torch
 from judged import attend, check
 
 import hydragen
-import hydragen.plan
+import hydragen.work
 from hydragen import api
 from hydragen.testing import Problem, view
 from hydragen.tuning import Tile
@@ -111,7 +111,7 @@ def test_structure_in_levels(name: str, backend: str, device: torch.device) -> N
 @pytest.fixture
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Splits of 16 keys, whatever would be fastest."""
-    monkeypatch.setattr(hydragen.plan, "split_size", lambda *_, **__: 16)
+    monkeypatch.setattr(hydragen.work, "split_size", lambda *_, **__: 16)
     api._PLANS.clear()
     yield
     api._PLANS.clear()
@@ -149,7 +149,7 @@ def test_several_kv_heads_in_one_tile(
         (tile,) = (x for x in arguments if isinstance(x, Tile))
         return heads if tile.block_m == 16 else 1
 
-    monkeypatch.setattr(hydragen.plan, "heads_per_program", per_program)
+    monkeypatch.setattr(hydragen.work, "heads_per_program", per_program)
     api._PLANS.clear()
     problem = replace(BASE, num_q_heads=8, num_kv_heads=4, dtype=torch.float16, **OPTIONS[name])
     check(problem, backend, device, spare=3)

@@ -11,7 +11,7 @@ from judged import attend, check
 from torch import Tensor
 
 import hydragen
-import hydragen.plan
+import hydragen.work
 from hydragen import PackedKV, api
 from hydragen.testing import Inputs, Problem, oracle, restride, view
 from hydragen.testing.views import MEMORY
@@ -158,7 +158,7 @@ def test_what_is_not_finite_stays_with_its_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where one tile serves several KV heads, and multiplies the others' values by a weight of 0."""
-    monkeypatch.setattr(hydragen.plan, "heads_per_program", lambda *_: 2)
+    monkeypatch.setattr(hydragen.work, "heads_per_program", lambda *_: 2)
     api._PLANS.clear()
     problem = replace(PROBLEM, dtype=torch.float16)
     clean = problem.tensors()

@@ -12,7 +12,7 @@ from judged import attend, check
 from torch import Tensor
 
 import hydragen
-import hydragen.plan
+import hydragen.work
 from hydragen import AttentionState, PackedKV, api
 from hydragen.testing import Problem
 
@@ -87,7 +87,7 @@ def test_wrong_lse_layout_where_splits_are_combined(
     backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GQA, one query, long KV and more than one split."""
-    monkeypatch.setattr(hydragen.plan, "split_size", lambda *_, **__: 64)
+    monkeypatch.setattr(hydragen.work, "split_size", lambda *_, **__: 64)
     api._PLANS.clear()
     problem = replace(ROW, parents=(-1,), kv_lens=(400,), row_to_node=(0,), q_lens=(1,), num_q_heads=6)
     check(problem, backend, device)

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"backends"},
     {"explain"},
     {"validation"},
-    {"plan"},
+    {"work"},
     {"queries"},
     {"testing"},
     {"lengths"},

@@ -71,7 +71,7 @@ def without() -> dict[str, str]:
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_import_does_not_bring(name: str, brings: dict[str, str]) -> None:
     assert name not in brings["import"].split()
-    assert "hydragen.plan" in brings["import"].split()
+    assert "hydragen.work" in brings["import"].split()
 
 
 def test_attention_on_a_cpu_does_not_bring_triton(brings: dict[str, str]) -> None:

@@ -40,9 +40,12 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
 def test_opcheck_passes(tensors: tuple[Tensor, ...]) -> None:
     q, pk, pv, sk, sv = tensors
     lens = torch.tensor([3, 10, 0, 7])
-    for return_lse in (False, True):
-        arguments = (q, [pk, sk], [pv, sv], None, None, [None, lens], None, None, None, None, True, 5, 2.0)
-        torch.library.opcheck(attention_op, (*arguments, return_lse, "reference", False, False))
+    levels = ([pk, sk], [pv, sv], True, [None, None], None)
+    pool = ([sk], [sv], False, [torch.arange(BATCH + 1)], torch.arange(BATCH, dtype=torch.int32))
+    for kv, kv_lens in ((levels, [None, lens]), (pool, [lens])):
+        for return_lse, out_dtype in ((False, None), (True, torch.float32)):
+            options = (None, kv_lens, None, None, None, None, True, 5, 2.0, return_lse, out_dtype)
+            torch.library.opcheck(attention_op, (q, *kv, *options, "reference", False, False))
 
 
 def test_compiled_levels_equal_eager_bit_for_bit(tensors: tuple[Tensor, ...]) -> None:

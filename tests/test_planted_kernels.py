@@ -37,23 +37,24 @@ PROBLEMS = {
     "one partial": Problem((-1, -1), (21, 5), (0, 1), (1, 2), **SMALL, sinks=True),
 }
 
-ATTEND, MERGE, PRIMITIVES, PLAN = (
+ATTEND, BLOCK, MERGE, PRIMITIVES, PLAN = (
     "hydragen.kernels.attend",
+    "hydragen.kernels.block",
     "hydragen.kernels.merge",
     "hydragen.kernels.primitives",
-    "hydragen.plan",
+    "hydragen.work",
 )
 QUERIES = "hydragen.queries"
 BUGS = {
-    "causal mask off by one": (ATTEND, "visible & (distance >= 0)", "visible & (distance > 0)"),
-    "window of one key more": (ATTEND, "distance < window", "distance <= window"),
+    "causal mask off by one": (BLOCK, "visible & (distance >= 0)", "visible & (distance > 0)"),
+    "window of one key more": (BLOCK, "distance < window", "distance <= window"),
     "tail not masked": (
-        ATTEND,
+        BLOCK,
         "        visible = in_range[None, :]\n",
         "        visible = (in_range == in_range)[None, :]\n",
     ),
     "padding of head_dim read": (
-        ATTEND,
+        BLOCK,
         "d_ok = tl.arange(0, BLOCK_D) < HEAD_DIM",
         "d_ok = tl.arange(0, BLOCK_D) >= 0",
     ),
@@ -63,7 +64,7 @@ BUGS = {
         "part_mask = (local < num_tok)[:, None] & (offs_dv >= 0)[None, :]",
     ),
     "running sum not rescaled": (
-        ATTEND,
+        BLOCK,
         "running_sum = running_sum * alpha + tl.sum(p, 1)",
         "running_sum = running_sum + tl.sum(p, 1)",
     ),
@@ -75,8 +76,8 @@ BUGS = {
     ),
     "slot of a node ignored": (
         ATTEND,
-        "slot.to(tl.int64) * select(strides_kn, level)",
-        "(slot * 0).to(tl.int64) * select(strides_kn, level)",
+        "k_head_ptr += slot.to(tl.int64) * stride_kn",
+        "k_head_ptr += (slot * 0).to(tl.int64) * stride_kn",
     ),
     "fully visible block includes a hidden key": (
         ATTEND,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from hydragen import PrefixTree
-from hydragen.plan import Segments, find_segments
 from hydragen.queries import Heads, Queries
 from hydragen.target import H100, H200, INTERPRETER, Target, target_of
 from hydragen.tuning import INVARIANT_SPLIT, Tile, choose_tiles, tiles_for
+from hydragen.work import Segments, find_segments
 
 ARCHITECTURES = (0, 80, 86, 87, 89, 90, 100, 103, 120)
 GPUS = (Target(80, 108, 312e12, 2.0e12), H100, H200, Target(100, 148, 2000e12, 8e12))

@@ -60,6 +60,7 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> State:
     """Attention of packed query tokens over all the segments that each of them attends to.
 
@@ -75,11 +76,13 @@ def tree_attention(
         As for `attend`.
     sinks : tensor [num_q_heads], optional
         One more logit per head, whose value is zero.
+    out_dtype : torch.dtype, optional
+        What `out` is rounded to at the end, by default the dtype of `q`.
 
     Returns
     -------
     State
-        `out` [total_q, num_q_heads, head_dim_v] in the dtype of `q`; `lse` [total_q, num_q_heads] in float32
+        `out` [total_q, num_q_heads, head_dim_v] in `out_dtype`; `lse` [total_q, num_q_heads] in float32
         (float64 for a float64 `q`). A token without any key has `out = 0` and `lse = -inf` (with sinks:
         `lse = sinks`).
 
@@ -148,7 +151,7 @@ def tree_attention(
     if sinks is not None:
         sink = State(torch.zeros_like(state.out), sinks.to(accumulation_dtype).expand_as(state.lse))
         state = merge_states([state, sink])
-    return State(state.out.to(q.dtype), state.lse)
+    return State(state.out.to(q.dtype if out_dtype is None else out_dtype), state.lse)
 
 
 def _is_every_token(tokens: Tensor, total_q: int) -> bool:

@@ -2,10 +2,19 @@
 
 from hydragen.api import attention
 from hydragen.explain import Explanation, explain
-from hydragen.kv import PackedKV
+from hydragen.kv import PackedKV, PagedKV
 from hydragen.merging import merge_states
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 
 __version__ = "0.1.0"
-__all__ = ["AttentionState", "Explanation", "PackedKV", "PrefixTree", "attention", "explain", "merge_states"]
+__all__ = [
+    "AttentionState",
+    "Explanation",
+    "PackedKV",
+    "PagedKV",
+    "PrefixTree",
+    "attention",
+    "explain",
+    "merge_states",
+]

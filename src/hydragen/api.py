@@ -10,25 +10,25 @@ from torch import Tensor
 
 from hydragen.backends import choose_backend
 from hydragen.host_ints import IntArray
-from hydragen.kv import PackedKV
+from hydragen.kv import KV
 from hydragen.ops import attention_in_graph, implement
-from hydragen.plan import Plan, make_plan
 from hydragen.target import target_of
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_attention, check_backend, check_bool
+from hydragen.work import WorkPlan, make_work_plan
 
 # Plans by structure: a decode loop asks for the same one at every layer and, with lengths on the device,
 # every step.
-_PLANS: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+_PLANS: OrderedDict[tuple[object, ...], WorkPlan] = OrderedDict()
 _MAX_PLANS = 128
 # Plans in use by captured CUDA graphs: a graph reads their tables when it is replayed, at any later time.
-_CAPTURED: set[Plan] = set()
+_CAPTURED: set[WorkPlan] = set()
 
 
 def attention(
     q: Tensor,
-    kv: Sequence[tuple[Tensor, Tensor]] | PackedKV,
+    kv: KV,
     *,
     tree: PrefixTree | None = None,
     kv_lens: object = None,
@@ -40,6 +40,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
     batch_invariant: bool = False,
     validate: bool = False,
@@ -55,19 +56,19 @@ def attention(
     ----------
     q : tensor [batch, q_len, num_q_heads, head_dim], or packed [total_q, num_q_heads, head_dim]
         float16, bfloat16, float32 or (reference backend) float64; any strides. Packed q needs `cu_seqlens_q`.
-    kv : list of (k, v) levels, or PackedKV
-        Level l holds the nodes of depth l in index order: k [nodes, len, num_kv_heads, head_dim] and
-        v [nodes, len, num_kv_heads, head_dim_v], in q's dtype and on its device. num_q_heads must be a
-        multiple of num_kv_heads; head_dim and head_dim_v are 1 to 256. Without `tree`, groups are equal: node
-        i of a level of n nodes hangs under node i // (n // n_above) and row r ends at node r // (batch //
-        n_last). A PackedKV without `tree` gives row i node i alone.
+    kv : list of levels, PackedKV or PagedKV
+        Level l holds the nodes of depth l in index order: a pair k [nodes, len, num_kv_heads, head_dim] and
+        v [nodes, len, num_kv_heads, head_dim_v], or a PackedKV; in q's dtype and on its device. num_q_heads
+        must be a multiple of num_kv_heads; head_dim and head_dim_v are 1 to 256. Without `tree`, groups are
+        equal: node i of a level of n nodes hangs under node i // (n // n_above) and row r ends at node r //
+        (batch // n_last). A PackedKV or PagedKV of all nodes without `tree` gives row i node i alone.
     tree : PrefixTree, optional
         Who shares what, and at which node each row ends.
     kv_lens : optional
         Tokens in use per node. Levels: a list with an entry per level, None (full) or one length per node.
-        PackedKV: one length per node. Lengths on the host are checked. Lengths on q's device (int32 or int64)
-        are never read back: they are clamped to the capacity. Default: the tree's lengths, else all tokens.
-        What lies past a length is never used and may be NaN.
+        PackedKV, PagedKV: one length per node. Lengths on the host are checked. Those on q's device (int32 or
+        int64) are never read back: they are clamped to the capacity. Default: the tree's lengths, else all
+        tokens. What lies past a length is never used and may be NaN.
     cu_seqlens_q : integers [num_rows + 1], optional
         Offsets of each row's tokens in packed q. On q's device it is not read back and needs `max_seqlen_q`.
     max_seqlen_q : int, optional
@@ -84,18 +85,20 @@ def attention(
         One more logit per head, whose value is zero, counted once per query.
     return_lse : bool
         Return an AttentionState with the log-sum-exp as well.
+    out_dtype : torch.dtype, optional
+        Dtype of `out`: q's (default) or float32, for partial results that are to be merged with others.
     backend : "auto", "reference" or "triton"
         "auto" is Triton for CUDA tensors and the reference elsewhere. What a backend cannot do raises.
     batch_invariant : bool
         A row's output bits do not depend on which other rows share the batch: fixed tiles and split
         boundaries.
     validate : bool
-        Also check lengths that live on the device; waits for it.
+        Also check lengths and page numbers that live on the device; waits for it.
 
     Returns
     -------
     tensor or AttentionState
-        `out` shaped like q with head_dim_v, in q's dtype. With `return_lse`, (out, lse): lse shaped like q
+        `out` shaped like q with head_dim_v, in `out_dtype`. With `return_lse`, (out, lse): lse shaped like q
         without its last dimension, float32 (float64 for float64), natural log. A row that has nothing to
         attend gets out = 0 and lse = -inf (with sinks: lse = sink).
 
@@ -115,8 +118,7 @@ def attention(
     """
     arguments = (
         q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse,
-        backend,
-        batch_invariant, validate,
+        out_dtype, backend, batch_invariant, validate,
     )  # fmt: skip
     state = attention_in_graph(*arguments) if torch.compiler.is_compiling() else _attention(*arguments)
     return state if return_lse else state.out
@@ -124,10 +126,10 @@ def attention(
 
 @implement
 def _attention(
-    q: Tensor, kv: Sequence[tuple[Tensor, Tensor]] | PackedKV, tree: PrefixTree | None, kv_lens: object,
+    q: Tensor, kv: KV, tree: PrefixTree | None, kv_lens: object,
     cu_seqlens_q: object, max_seqlen_q: int | None, scale: float | None, causal: bool, window: int | None,
-    softcap: float | None, sinks: Tensor | None, return_lse: bool, backend: str, batch_invariant: bool,
-    validate: bool,
+    softcap: float | None, sinks: Tensor | None, return_lse: bool, out_dtype: torch.dtype | None,
+    backend: str, batch_invariant: bool, validate: bool,
 ) -> AttentionState:  # fmt: skip
     check_backend(backend)
     check_bool(batch_invariant, "batch_invariant")
@@ -144,19 +146,21 @@ def _attention(
         softcap,
         sinks,
         return_lse,
+        out_dtype,
         validate,
     )
     return choose_backend(backend, q).run(_plan(call, batch_invariant), call)
 
 
-def _plan(call: Call, batch_invariant: bool) -> Plan:
+def _plan(call: Call, batch_invariant: bool) -> WorkPlan:
     """Return the plan for a call's structure, made once."""
     nodes, lens = call.nodes, call.kv_lens.planned
     lens_on_device = len(call.kv_lens.on_device) > 0
     key = (
         call.tree,
         nodes.packed,
-        nodes.slot.tobytes() if nodes.packed else None,
+        None if nodes.pages is None else nodes.pages.size,
+        None if nodes.by_level and not any(nodes.packed) else nodes.slot.tobytes(),
         lens.tobytes(),
         lens_on_device,
         call.q_starts.tobytes(),
@@ -168,7 +172,7 @@ def _plan(call: Call, batch_invariant: bool) -> Plan:
     plan = _PLANS.get(key)
     if plan is None:
         target = target_of(call.q.device)
-        plan = make_plan(
+        plan = make_work_plan(
             call.tree,
             nodes,
             lens,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hydragen.plan import find_segments
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target, target_of
 from hydragen.tree import PrefixTree
 from hydragen.validation.explain import check_explain
+from hydragen.work import find_segments
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,21 @@ class KVLens(NamedTuple):
     planned: IntArray
     on_device: tuple[tuple[IntArray, Tensor], ...] = ()
 
+    def unclamped(self, planned: Tensor) -> Tensor | None:
+        """Return all lengths, int32 [num_nodes], as given, in at most one launch; None if that cannot be.
+
+        `planned` is `self.planned` on q's device, int32.
+        """
+        if len(self.on_device) != 1:
+            return None
+        nodes, given = self.on_device[0]
+        first, end = int(nodes[0]), int(nodes[-1]) + 1
+        if given.dtype != torch.int32 or end - first != nodes.size:
+            return None
+        if nodes.size == self.planned.size:
+            return given if given.is_contiguous() else None
+        return torch.cat([planned[:first], given, planned[end:]])
+
     def clamped(self, planned: Tensor, uploads: dict[Any, Any]) -> Tensor:
         """Return all lengths, int32 [num_nodes], those on the device clamped to 0 and the capacity.
 
@@ -69,10 +84,10 @@ def check_kv_lens(
             return KVLens(nodes.capacity)
         _check_host(tree.kv_lens, nodes.capacity, "tree.kv_lens")
         return KVLens(tree.kv_lens)
-    if nodes.packed:
-        given = [(np.arange(tree.num_nodes), kv_lens, "kv_lens")]
-    else:
+    if nodes.by_level:
         given = _by_level(kv_lens, tree, nodes)
+    else:
+        given = [(np.arange(tree.num_nodes), kv_lens, "kv_lens")]
     planned = nodes.capacity.copy()
     there = []
     for indices, lens, name in given:

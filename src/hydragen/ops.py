@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hydragen.handles import of_handle
-from hydragen.kv import PackedKV
+from hydragen.kv import KV, PackedKV, PagedKV
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 
@@ -33,8 +33,10 @@ def attention_op(
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
+    by_level: bool,
+    offsets: Sequence[Tensor | None],
+    page_indices: Tensor | None,
     sinks: Tensor | None,
-    cu_seqlens_k: Tensor | None,
     kv_lens: Sequence[Tensor | None],
     cu_seqlens_q: Tensor | None,
     max_seqlen_q: int | None,
@@ -44,22 +46,25 @@ def attention_op(
     window: int | None,
     softcap: float | None,
     return_lse: bool,
+    out_dtype: torch.dtype | None,
     backend: str,
     batch_invariant: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`hydragen.attention`, flattened; lse is empty unless `return_lse`."""
+    """`hydragen.attention`, flattened; lse is empty unless `return_lse`.
+
+    `offsets` holds cu_seqlens_k of each packed level, or of all nodes, or page_indptr.
+    """
     if _eager is None:
         raise RuntimeError("hydragen.api must be imported before its operator is called")
     lens: object = None
     if len(kv_lens):
-        lens = list(kv_lens) if cu_seqlens_k is None else kv_lens[0]
-    kv = list(zip(k, v, strict=True)) if cu_seqlens_k is None else PackedKV(k[0], v[0], cu_seqlens_k)
+        lens = list(kv_lens) if by_level else kv_lens[0]
+    kv = _unflattened(k, v, by_level, offsets, page_indices)
     with torch.no_grad():
         state = _eager(
             q, kv, None if tree is None else _tree(tree), lens, cu_seqlens_q, max_seqlen_q,
-            scale, causal,
-            window, softcap, sinks, return_lse, backend, batch_invariant, validate,
+            scale, causal, window, softcap, sinks, return_lse, out_dtype, backend, batch_invariant, validate,
         )  # fmt: skip
     lse = state.lse if return_lse else q.new_empty(0, dtype=_lse_dtype(q))
     return state.out.contiguous(), lse.contiguous()
@@ -67,9 +72,27 @@ def attention_op(
 
 @attention_op.register_fake
 def _(q: Tensor, _k: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-    return_lse = rest[-4]
-    out = q.new_empty((*q.shape[:-1], v[0].shape[-1]))
+    return_lse, out_dtype = rest[-5:-3]
+    out = q.new_empty((*q.shape[:-1], v[0].shape[-1]), dtype=out_dtype)
     return out, q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=_lse_dtype(q))
+
+
+def _unflattened(
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    by_level: bool,
+    offsets: Sequence[Tensor | None],
+    page_indices: Tensor | None,
+) -> KV:
+    if by_level:
+        levels = zip(k, v, offsets, strict=True)
+        return [(ki, vi) if cu is None else PackedKV(ki, vi, cu) for ki, vi, cu in levels]
+    (given,) = offsets
+    if given is None:
+        raise ValueError("offsets must be given for packed and paged keys and values, got None")
+    if page_indices is None:
+        return PackedKV(k[0], v[0], given)
+    return PagedKV(k[0], v[0], given, page_indices)
 
 
 def _tree(handle: int) -> PrefixTree:
@@ -94,27 +117,35 @@ attention_op.register_autograd(_backward)
 
 
 def attention_in_graph(
-    q: Tensor, kv: Sequence[tuple[Tensor, Tensor]] | PackedKV, tree: PrefixTree | None, kv_lens: Any,
-    cu_seqlens_q: Any,
-    max_seqlen_q: int | None, scale: float | None, causal: bool, window: int | None, softcap: float | None,
-    sinks: Tensor | None, return_lse: bool, backend: str, batch_invariant: bool, validate: bool,
+    q: Tensor, kv: KV, tree: PrefixTree | None, kv_lens: Any, cu_seqlens_q: Any, max_seqlen_q: int | None,
+    scale: float | None, causal: bool, window: int | None, softcap: float | None, sinks: Tensor | None,
+    return_lse: bool, out_dtype: torch.dtype | None, backend: str, batch_invariant: bool, validate: bool,
 ) -> AttentionState:  # fmt: skip
     """Call the operator, in a form that torch.compile can trace."""
-    packed = isinstance(kv, PackedKV)
-    k = [kv.k] if isinstance(kv, PackedKV) else [level[0] for level in kv]
-    v = [kv.v] if isinstance(kv, PackedKV) else [level[1] for level in kv]
-    cu_seqlens_k = _host_tensor(kv.cu_seqlens_k) if isinstance(kv, PackedKV) else None
+    by_level = not isinstance(kv, (PackedKV, PagedKV))
+    page_indices = _host_tensor(kv.page_indices) if isinstance(kv, PagedKV) else None
+    k: list[Tensor] = []
+    v: list[Tensor] = []
+    offsets: list[Tensor | None] = []
+    for part in [kv] if isinstance(kv, (PackedKV, PagedKV)) else kv:
+        if isinstance(part, PackedKV):
+            keys, values, offset = part.k, part.v, _host_tensor(part.cu_seqlens_k)
+        elif isinstance(part, PagedKV):
+            keys, values, offset = part.k_cache, part.v_cache, _host_tensor(part.page_indptr)
+        else:
+            keys, values, offset = part[0], part[1], None
+        k.append(keys)
+        v.append(values)
+        offsets.append(offset)
     lens: list[Tensor | None] = []
     if kv_lens is not None:
-        lens = (
-            [_host_tensor(kv_lens)] if packed else [None if x is None else _host_tensor(x) for x in kv_lens]
-        )
+        each = kv_lens if by_level else [kv_lens]
+        lens = [None if x is None else _host_tensor(x) for x in each]
     out, lse = attention_op(
-        q, k, v, sinks, cu_seqlens_k, lens, None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q),
-        max_seqlen_q,
-        None if tree is None else tree.handle, scale, causal, window, softcap, return_lse, backend,
-        batch_invariant,
-        validate,
+        q, k, v, by_level, offsets, page_indices, sinks, lens,
+        None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q), max_seqlen_q,
+        None if tree is None else tree.handle, scale, causal, window, softcap, return_lse, out_dtype, backend,
+        batch_invariant, validate,
     )  # fmt: skip
     return AttentionState(out, lse)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -44,6 +45,8 @@ class Options:
     sinks : tensor [num_q_heads] or None
         One more logit per head, whose value is zero.
     return_lse : bool
+    out_dtype : torch.dtype
+        Dtype of `out`.
     """
 
     scale: float
@@ -52,3 +55,10 @@ class Options:
     softcap: float | None
     sinks: Tensor | None
     return_lse: bool
+    out_dtype: torch.dtype
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Everything but the sinks' values."""
+        sinks = None if self.sinks is None else self.sinks.dtype
+        return (self.scale, self.causal, self.window, self.softcap, sinks, self.return_lse, self.out_dtype)

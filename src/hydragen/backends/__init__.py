@@ -6,16 +6,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from hydragen.plan import Plan
+from hydragen.backends.tokens import Tokens
 from hydragen.types import AttentionState
 from hydragen.validation import Call
+from hydragen.work import WorkPlan
 
 
 class Backend(Protocol):
     """What every backend can do."""
 
-    def run(self, plan: Plan, call: Call) -> AttentionState:
-        """Compute one planned call; `lse` may be empty unless `call.options.return_lse`."""
+    def run(self, plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionState:
+        """Compute one planned call; `lse` may be empty unless `call.options.return_lse`.
+
+        `tokens` is what `tokens.locate` returns, if it is known already.
+        """
         ...
 
 

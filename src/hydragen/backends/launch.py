@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -11,16 +12,12 @@ from hydragen.kernels.attend import attend
 
 INTERPRET = not isinstance(attend, triton.JITFunction)
 
+# Compiled kernels by everything that Triton specialises on: another plan of the same kind finds them here.
+_COMPILED: dict[Any, Any] = {}
 
-def launch_kernel(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
-    key: tuple[Any, ...],
-    compiled: dict[Any, Any],
-) -> None:
-    """Launch `kernel` on the current stream.
+
+class Launcher:
+    """A kernel, its grid and all its arguments but the tensors.
 
     Triton's own call binds and specialises every argument anew, which takes longer than many of our kernels
     run. A kernel that has been compiled for the same specialisation is launched without that.
@@ -29,29 +26,60 @@ def launch_kernel(
     ----------
     kernel : a function under triton.jit
     grid : programs along each axis
-    arguments : every parameter of the kernel in order, constants included
-    options : num_warps and the like
-    key : everything but the tensors' addresses that Triton specialises on
-    compiled : where compiled kernels are kept; it belongs to whoever keeps the tables
+    numbers : the arguments after the tensors that are known at run time: ints, floats and tuples of ints
+    constants : the tl.constexpr arguments after those
+    options : num_warps and the like; what is 0 or False is left out
+    kinds : what else decides the compiled code: the tensors' dtypes, the device
     """
-    if INTERPRET:
-        kernel[grid](*arguments)
-        return
-    # Triton specialises on 16-byte alignment of every pointer
-    where = (kernel.__name__, options.get("launch_pdl"), key, _alignment(arguments))
-    found = compiled.get(where)
-    if found is None:
-        given = {name: value for name, value in options.items() if value}
-        compiled[where] = kernel[grid](*arguments, **given)
-    else:
-        found[grid](*arguments)
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        options: dict[str, Any],
+        kinds: tuple[Any, ...],
+    ) -> None:
+        self._kernel, self._grid = kernel, grid
+        self._rest = (*numbers, *constants)
+        self._options = {name: value for name, value in options.items() if value}
+        self._key = (kernel, constants, tuple(self._options.items()), kinds, _specialisation(numbers))
+        self._ready: dict[tuple[bool, ...], Callable[..., None]] = {}
+
+    def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
+        """Launch on the current stream.
+
+        Parameters
+        ----------
+        tensors : the kernel's pointers, in order: tensors and tuples of tensors
+        aligned : whether each of those that a user may have given begins at a multiple of 16 bytes, which
+            Triton specialises on; our own do
+        """
+        if INTERPRET:
+            self._kernel[self._grid](*tensors, *self._rest)
+            return
+        run = self._ready.get(aligned)
+        if run is not None:
+            run(*tensors, *self._rest)
+            return
+        key = (self._key, aligned)
+        if key in _COMPILED:
+            self._ready[aligned] = _COMPILED[key][self._grid]
+            self._ready[aligned](*tensors, *self._rest)
+        else:
+            _COMPILED[key] = self._kernel[self._grid](*tensors, *self._rest, **self._options)
 
 
-def _alignment(arguments: tuple[Any, ...]) -> tuple[bool, ...]:
-    flags: list[bool] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            flags.append(argument.data_ptr() % 16 == 0)
-        elif isinstance(argument, tuple):
-            flags.extend(x.data_ptr() % 16 == 0 for x in argument if isinstance(x, Tensor))
-    return tuple(flags)
+def alignment(tensors: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+    """Return which tensors begin at a multiple of 16 bytes; None stands for one of our own."""
+    return tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+
+
+def _specialisation(number: Any) -> Any:
+    """Return what Triton compiles into the code of a number: that it is 1, a multiple of 16, of 64 bits."""
+    if isinstance(number, tuple):
+        return tuple([_specialisation(x) for x in number])
+    if isinstance(number, float):
+        return "float"
+    return 1 if number == 1 else (number % 16 == 0, -(2**31) <= number < 2**31)

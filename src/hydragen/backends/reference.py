@@ -10,25 +10,33 @@ from torch import Tensor
 
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.host_ints import IntArray
-from hydragen.plan import Plan
+from hydragen.kv import NodeKV, node_kv_of_packed
 from hydragen.types import AttentionState
 from hydragen.validation import Call
+from hydragen.work import WorkPlan
 from hydragen_reference import decomposed
 
 # Shorter segments of a packed tensor are copied side by side and attended together; longer ones one by one.
 _COPY_UP_TO = 512
 
 
-def run(plan: Plan, call: Call) -> AttentionState:
+def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionState:
     """Compute one planned call; gradients flow through `out` and `lse`.
+
+    Parameters
+    ----------
+    plan, call
+    tokens : Tokens, optional
+        What `locate` returns, if it is known already.
 
     Returns
     -------
     AttentionState
-        `out` like q with head_dim_v, in q's dtype; `lse` float32 (float64 for float64).
+        `out` like q with head_dim_v, in the dtype that is asked for; `lse` float32 (float64 for float64).
     """
     q, options = call.q, call.options
-    tokens = locate(plan, call)
+    tokens = locate(plan, call) if tokens is None else tokens
+    call = call._replace(nodes=_gathered(call.nodes))
     flat = q.reshape(-1, *q.shape[-2:])
     q_pos = None
     if tokens.q_pos is not None:
@@ -47,10 +55,21 @@ def run(plan: Plan, call: Call) -> AttentionState:
         window=options.window,
         softcap=options.softcap,
         sinks=options.sinks,
+        out_dtype=options.out_dtype,
     )
     shape = q.shape[:-1]
     head_dim_v = plan.heads.head_dim_v
     return AttentionState(state.out.reshape(*shape, head_dim_v), state.lse.reshape(shape))
+
+
+def _gathered(nodes: NodeKV) -> NodeKV:
+    """Copy the pages of all nodes side by side, as one packed tensor; other layouts stay as they are."""
+    if nodes.pages is None:
+        return nodes
+    pages = nodes.pages
+    indices = pages.indices.long().clamp(0, max(pages.num_pages - 1, 0))
+    k, v = (x[0][indices].flatten(0, 1) for x in (nodes.k, nodes.v))
+    return node_kv_of_packed(k, v, np.append(nodes.slot, indices.numel()) * pages.size)
 
 
 def _to_caller_order(values: Tensor, token: Tensor | None, size: int) -> Tensor:
@@ -61,14 +80,15 @@ def _to_caller_order(values: Tensor, token: Tensor | None, size: int) -> Tensor:
     return result.index_copy(0, torch.where(token < 0, size, token).long(), values)[:size]
 
 
-def _blocks(plan: Plan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
+def _blocks(plan: WorkPlan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
     """Yield the segments grouped into blocks: one depth, equal query counts, keys of like length."""
     segments = plan.work.segments
     nodes = call.nodes
     node, num_tok = segments.node, segments.num_tok
     # lengths within a factor of two of one another share a block; a padded level has one capacity anyway
-    bucket = np.ceil(np.log2(segments.kv_len)).astype(np.int64) if nodes.packed else np.zeros_like(node)
-    alone = np.where(nodes.packed & (segments.kv_len > _COPY_UP_TO), node + 1, 0)
+    packed = np.array(nodes.packed, bool)[nodes.level[node]]
+    bucket = np.where(packed, np.ceil(np.log2(segments.kv_len)), 0).astype(np.int64)
+    alone = np.where(packed & (segments.kv_len > _COPY_UP_TO), node + 1, 0)
     # one depth each: a node and its parent may have the same tokens, and a block takes a token once
     keys = np.stack([plan.tree.depth[node], num_tok, bucket, alone], axis=1)
     _, group = np.unique(keys, axis=0, return_inverse=True)
@@ -77,16 +97,17 @@ def _blocks(plan: Plan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block
         yield _block(plan, call, tokens, np.flatnonzero(group == index))
 
 
-def _block(plan: Plan, call: Call, tokens: Tokens, chosen: IntArray) -> decomposed.Block:
+def _block(plan: WorkPlan, call: Call, tokens: Tokens, chosen: IntArray) -> decomposed.Block:
     segments, nodes, device = plan.work.segments, call.nodes, call.q.device
     node = segments.node[chosen]
     level, slots = int(nodes.level[node[0]]), nodes.slot[node]
     k, v = nodes.k[level], nodes.v[level]
     lens = segments.kv_len[chosen]
     longest = int(lens.max())
-    if nodes.packed and node.size == 1:
+    packed = nodes.packed[level]
+    if packed and node.size == 1:
         k, v = (x[slots[0] : slots[0] + longest].unsqueeze(0) for x in (k, v))
-    elif nodes.packed:
+    elif packed:
         # past a segment's end its last key again, which kv_lens hides
         where = slots[:, None] + np.minimum(np.arange(longest), lens[:, None] - 1)
         index = torch.from_numpy(where).to(device)
@@ -117,7 +138,7 @@ def _block(plan: Plan, call: Call, tokens: Tokens, chosen: IntArray) -> decompos
     return decomposed.Block(k, v, kv_lens, attended, k_start)
 
 
-def _blocks_of_one_row(plan: Plan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
+def _blocks_of_one_row(plan: WorkPlan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
     """Yield a block for each row and segment: a matrix product's bits depend on what is stacked into it."""
     device, queries = call.q.device, plan.queries
     ends = np.flatnonzero(np.diff(queries.row, append=-1)) + 1

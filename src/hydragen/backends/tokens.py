@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hydragen.forest import path_sums
 from hydragen.host_ints import IntArray
-from hydragen.plan import Plan
 from hydragen.validation import Call
+from hydragen.work import WorkPlan
 
 
 class Tokens(NamedTuple):
@@ -35,14 +35,19 @@ class Tokens(NamedTuple):
     kv_lens: Tensor | None
 
 
-def locate(plan: Plan, call: Call) -> Tokens:
-    """Return the tensors that this call needs; nothing waits for the device."""
-    device = call.q.device
+def locate(plan: WorkPlan, call: Call, *, kernels_clamp: bool = False) -> Tokens:
+    """Return the tensors that this call needs; nothing waits for the device.
+
+    With `kernels_clamp` lengths may be left as they were given, to be clamped where they are read.
+    """
     masked = needs_positions(plan, call)
-    constants = _constants(plan, device)
-    kv_lens = call.kv_lens.clamped(constants.planned_lens, plan.uploads) if plan.lens_on_device else None
+    constants = _constants(plan, call.q.device)
+    kv_lens = None
+    if plan.lens_on_device:
+        given = None if masked or not kernels_clamp else call.kv_lens.unclamped(constants.planned_lens)
+        kv_lens = call.kv_lens.clamped(constants.planned_lens, plan.uploads) if given is None else given
     if call.cu_seqlens_q is None and (kv_lens is None or not masked):
-        pos, start = _host_positions(plan, device) if masked else (None, None)
+        pos, start = _host_positions(plan, call.q.device) if masked else (None, None)
         return Tokens(constants.token, pos, start, kv_lens)
     token, q_lens = constants.token, constants.q_lens
     if call.cu_seqlens_q is not None:
@@ -60,12 +65,13 @@ def locate(plan: Plan, call: Call) -> Tokens:
     return Tokens(token, q_pos.to(torch.int32), path_len - lens, kv_lens)
 
 
-def needs_positions(plan: Plan, call: Call) -> bool:
+def needs_positions(plan: WorkPlan, call: Call) -> bool:
     """Whether any key can be hidden from a query by its position."""
+    if call.options.window is not None:
+        return True
     # The only query of a row is the last position of its path: causality hides nothing from it. Whether other
     # rows have more must not choose another kernel under batch_invariant.
-    causal = call.options.causal and (plan.batch_invariant or int(call.q_lens.max(initial=0)) > 1)
-    return call.options.window is not None or causal
+    return call.options.causal and (plan.batch_invariant or int(call.q_lens.max(initial=0)) > 1)
 
 
 class _Constants(NamedTuple):
@@ -79,14 +85,14 @@ class _Constants(NamedTuple):
     ancestor: Tensor
 
 
-def _constants(plan: Plan, device: torch.device) -> _Constants:
+def _constants(plan: WorkPlan, device: torch.device) -> _Constants:
     found = plan.uploads.get(("constants", device))
     if found is None:
         found = plan.uploads["constants", device] = _upload_constants(plan, device)
     return found
 
 
-def _upload_constants(plan: Plan, device: torch.device) -> _Constants:
+def _upload_constants(plan: WorkPlan, device: torch.device) -> _Constants:
     queries = plan.queries
     descendant, ancestor = _ancestor_pairs(plan.tree.parents)
 
@@ -105,14 +111,14 @@ def _upload_constants(plan: Plan, device: torch.device) -> _Constants:
     )
 
 
-def _host_positions(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+def _host_positions(plan: WorkPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     found = plan.uploads.get(("positions", device))
     if found is None:
         found = plan.uploads["positions", device] = _upload_positions(plan, device)
     return found
 
 
-def _upload_positions(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+def _upload_positions(plan: WorkPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     path_len = path_sums(plan.tree.parents, plan.kv_lens)
     queries = plan.queries
     row_path = path_len[plan.tree.row_to_node]

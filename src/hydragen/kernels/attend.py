@@ -9,91 +9,27 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .primitives import LN_2, LOG2_E, LOWEST, dot, finish, fold_sink, round_to, select, tanh
+from .block import attend_block, attend_range
+from .primitives import LN_2, LOWEST, finish, fold_sink, round_to, select
 
 # Columns of the work table (int32), in plan.ITEM_COLUMNS' order.
 ITEM_COLUMNS = tl.constexpr(9)
-
-
-@triton.jit
-def attend_block(
-    acc, running_max, running_sum, q, k_ptrs, v_ptrs, start, end, q_pos, kv_start, window, row_kv_head,
-    only_head,
-    scale_log2, softcap,
-    stride_kt, stride_vt,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HEADS: tl.constexpr,
-    MASKED: tl.constexpr, ISOLATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """One step of the running softmax over keys [start, start + BLOCK_N // HEADS); `k_ptrs`, `v_ptrs` are at
-    key 0.
-
-    Column n is key start + n // HEADS of KV head n % HEADS, and a row sees the columns of its own head: so
-    the 16 rows of the smallest tile are those of several KV heads instead of padding, and a key's memory is
-    one long run.
-    """
-    columns = tl.arange(0, BLOCK_N)
-    offs_n = start + columns // HEADS
-    in_range = offs_n < end  # [BLOCK_N]
-    k_ptrs += tl.cast(start, tl.int64) * stride_kt
-    v_ptrs += tl.cast(start, tl.int64) * stride_vt
-    d_ok = tl.arange(0, BLOCK_D) < HEAD_DIM
-    dv_ok = tl.arange(0, BLOCK_DV) < HEAD_DIM_V
-    if MASKED:
-        k = tl.load(k_ptrs, mask=in_range[:, None] & d_ok[None, :], other=0.0)
-    elif HEAD_DIM == BLOCK_D:
-        k = tl.load(k_ptrs)
-    else:
-        k = tl.load(k_ptrs, mask=d_ok[None, :], other=0.0)
-    scores = dot(q, k.T, None, INTERPRET)  # [BLOCK_M, BLOCK_N]
-    if MASKED:  # values past the end are cleared as well: 0 * NaN is NaN
-        v_ok = in_range
-        if ISOLATE:  # and those of all heads but one
-            v_ok = v_ok & (columns % HEADS == only_head)
-        v = tl.load(v_ptrs, mask=v_ok[:, None] & dv_ok[None, :], other=0.0)
-    elif HEAD_DIM_V == BLOCK_DV:
-        v = tl.load(v_ptrs)
-    else:
-        v = tl.load(v_ptrs, mask=dv_ok[None, :], other=0.0)
-    if SOFTCAP:
-        scores = softcap * LOG2_E * tanh(scores * (scale_log2 / (softcap * LOG2_E)))
-    elif not FOLD_SCALE:
-        scores = scores * scale_log2
-    if MASKED:
-        visible = in_range[None, :]
-        distance = q_pos[:, None] - (kv_start + offs_n)[None, :]
-        if CAUSAL:
-            visible = visible & (distance >= 0)
-        if WINDOW:
-            visible = visible & (distance < window)
-        scores = tl.where(visible, scores, float("-inf"))
-    if HEADS > 1:
-        scores = tl.where(row_kv_head[:, None] == (columns % HEADS)[None, :], scores, float("-inf"))
-    if FOLD_SCALE:  # a positive scale commutes with the maximum and rides on the exponent's multiply-add
-        new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2)
-        p = tl.math.exp2(scores * scale_log2 - new_max[:, None])
-    else:
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
-        p = tl.math.exp2(scores - new_max[:, None])
-    alpha = tl.math.exp2(running_max - new_max)
-    running_sum = running_sum * alpha + tl.sum(p, 1)
-    acc = dot(round_to(p, v.dtype, INTERPRET), v, acc * alpha[:, None], INTERPRET)
-    return acc, new_max, running_sum
+# Beyond all positions and windows, with room in int32 for sums of a few of them.
+NO_POSITION = tl.constexpr(2**29)
 
 
 @triton.jit
 def attend(
     q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
-    items_ptr, q_token_ptr, q_pos_ptr, kv_start_ptr, kv_lens_ptr,
-    num_items, num_kv_heads, q_len, window,
+    items_ptr, q_token_ptr, q_pos_ptr, kv_start_ptr, kv_lens_ptr, pages_ptr,
+    num_items, num_kv_heads, q_len, window, num_pages,
     scale_log2, softcap,
     stride_qb, stride_qt, stride_qh, stride_qd,
     strides_kn, strides_kt, strides_kh, strides_kd,
     strides_vn, strides_vt, strides_vh, strides_vd,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     CONTIGUOUS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr,
     GATHER_Q: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
     FINAL: tl.constexpr, PDL: tl.constexpr,
@@ -168,23 +104,23 @@ def attend(
         stride_vt = select(strides_vt, level)
         stride_vh = select(strides_vh, level)
         stride_vd = select(strides_vd, level)
-    key = (tl.arange(0, BLOCK_N) // HEADS)[:, None].to(tl.int64)
-    key_head = (tl.arange(0, BLOCK_N) % HEADS)[:, None].to(tl.int64)
-    k_base = (
-        select(k_ptrs, level)
-        + slot.to(tl.int64) * select(strides_kn, level)
-        + kv_head.to(tl.int64) * stride_kh
-    )
-    v_base = (
-        select(v_ptrs, level)
-        + slot.to(tl.int64) * select(strides_vn, level)
-        + kv_head.to(tl.int64) * stride_vh
-    )
-    # one row of pointers per key, moved along by a scalar: int64, since stride * index may pass 2**31
-    k_tile = k_base + (key * stride_kt + key_head * stride_kh + (offs_d * stride_kd)[None, :])
-    v_tile = v_base + (key * stride_vt + key_head * stride_vh + (offs_dv * stride_vd)[None, :])
-
     STEP: tl.constexpr = BLOCK_N // HEADS  # keys per step
+    k_head_ptr = select(k_ptrs, level) + kv_head.to(tl.int64) * stride_kh
+    v_head_ptr = select(v_ptrs, level) + kv_head.to(tl.int64) * stride_vh
+    stride_kn = select(strides_kn, level)
+    stride_vn = select(strides_vn, level)
+    if PAGE_SIZE == 0:
+        k_head_ptr += slot.to(tl.int64) * stride_kn
+        v_head_ptr += slot.to(tl.int64) * stride_vn
+    # one row of pointers per column, moved along by a scalar, or by the page of each column's key
+    key_head = (tl.arange(0, BLOCK_N) % HEADS)[:, None].to(tl.int64)
+    k_tile = k_head_ptr + (key_head * stride_kh + (offs_d * stride_kd)[None, :])
+    v_tile = v_head_ptr + (key_head * stride_vh + (offs_dv * stride_vd)[None, :])
+    if PAGE_SIZE % STEP == 0:
+        key = (tl.arange(0, BLOCK_N) // HEADS)[:, None].to(tl.int64)
+        k_tile += key * stride_kt
+        v_tile += key * stride_vt
+
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     running_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -197,8 +133,11 @@ def attend(
     kv_start = 0
     if CAUSAL or WINDOW:
         kv_start = tl.load(kv_start_ptr + node)
-        first_pos = tl.min(tl.where(row_ok, q_pos, 2147483647), 0)
-        last_pos = tl.max(tl.where(row_ok, q_pos, -2147483648), 0)
+        first_pos = tl.min(tl.where(row_ok, q_pos, NO_POSITION), 0)
+        last_pos = tl.max(tl.where(row_ok, q_pos, -NO_POSITION), 0)
+        if first_pos > last_pos:  # no row is there: nothing to do, and nothing may overflow
+            end = begin
+            mid_hi = begin
         if CAUSAL:
             end = tl.minimum(end, last_pos + 1 - kv_start)
             mid_hi = tl.minimum(end, first_pos + 1 - kv_start)
@@ -207,42 +146,28 @@ def attend(
             mid_lo = begin + tl.cdiv(tl.maximum(last_pos - window + 1 - kv_start, begin) - begin, STEP) * STEP
             mid_lo = tl.minimum(mid_lo, begin + tl.cdiv(tl.maximum(end - begin, 0), STEP) * STEP)
     mid_hi = begin + tl.maximum(mid_hi - begin, 0) // STEP * STEP
+    tile = (q, k_tile, v_tile, stride_kt, stride_vt, pages_ptr + slot, stride_kn, stride_vn, num_pages)
+    run = (q_pos, kv_start, window, row_kv_head, scale_log2, softcap)
+    SIZES: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS, PAGE_SIZE)
+    FLAGS: tl.constexpr = (CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET)
     if WINDOW:
         mid_hi = tl.maximum(mid_hi, mid_lo)
-        for start in tl.range(lo, mid_lo, STEP, num_stages=1):
-            acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
-                row_kv_head, -1,
-                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
-                HEADS,
-                True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
-            )  # fmt: skip
-    for start in tl.range(mid_lo, mid_hi, STEP, num_stages=NUM_STAGES):
-        acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
-            row_kv_head, -1,
-            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
-            HEADS,
-            False, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
-        )  # fmt: skip
+        acc, running_max, running_sum = attend_range(
+            acc, running_max, running_sum, lo, mid_lo, end, tile, run, -1, True, False, 1, SIZES, FLAGS
+        )
+    acc, running_max, running_sum = attend_range(
+        acc, running_max, running_sum, mid_lo, mid_hi, end, tile, run, -1, False, False, NUM_STAGES, SIZES,
+        FLAGS,
+    )  # fmt: skip
     # The tail is peeled: a mask in the main loop would cost its registers (64x64: 158 against 234).
     if CAUSAL or WINDOW or LOOP_TAIL:
-        for start in tl.range(mid_hi, end, STEP, num_stages=1):
-            acc, running_max, running_sum = attend_block(
-                acc, running_max, running_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
-                row_kv_head, -1,
-                scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
-                HEADS,
-                True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
-            )  # fmt: skip
+        acc, running_max, running_sum = attend_range(
+            acc, running_max, running_sum, mid_hi, end, end, tile, run, -1, True, False, 1, SIZES, FLAGS
+        )
     elif mid_hi < end:
         acc, running_max, running_sum = attend_block(
-            acc, running_max, running_sum, q, k_tile, v_tile, mid_hi, end, q_pos, kv_start, window,
-            row_kv_head, -1,
-            scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
-            HEADS,
-            True, False, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
-        )  # fmt: skip
+            acc, running_max, running_sum, mid_hi, end, tile, run, -1, True, False, SIZES, FLAGS
+        )
 
     if HEADS > 1:
         # A weight of 0 times another head's NaN or infinite value is NaN. Rare: then each head once more,
@@ -252,14 +177,9 @@ def attend(
                 own_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 own_max = tl.full([BLOCK_M], LOWEST, tl.float32)
                 own_sum = tl.zeros([BLOCK_M], tl.float32)
-                for start in tl.range(lo, end, STEP, num_stages=1):
-                    own_acc, own_max, own_sum = attend_block(
-                        own_acc, own_max, own_sum, q, k_tile, v_tile, start, end, q_pos, kv_start, window,
-                        row_kv_head,
-                        only_head, scale_log2, softcap, stride_kt, stride_vt, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-                        BLOCK_D,
-                        BLOCK_DV, HEADS, True, True, CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET,
-                    )  # fmt: skip
+                own_acc, own_max, own_sum = attend_range(
+                    own_acc, own_max, own_sum, lo, end, end, tile, run, only_head, True, True, 1, SIZES, FLAGS
+                )
                 acc = tl.where((row_kv_head == only_head)[:, None], own_acc, acc)
 
     if FINAL:

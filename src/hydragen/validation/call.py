@@ -60,13 +60,14 @@ def check_attention(
     softcap: object,
     sinks: object,
     return_lse: bool,
+    out_dtype: object,
     validate: bool,
 ) -> Call:
     """Check the arguments of `hydragen.attention`, explained there, and bring them into one form."""
     q = check_tensor(q, "q")
     check_bool(validate, "validate")
     rows = check_queries(q, cu_seqlens_q, max_seqlen_q, validate)
-    checked_tree, nodes, heads = check_kv(kv, tree, rows.lens.size, q)
+    checked_tree, nodes, heads = check_kv(kv, tree, rows.lens.size, q, validate)
     lens = check_kv_lens(kv_lens, checked_tree, nodes, q.device, validate)
-    options = check_options(q, scale, causal, window, softcap, sinks, return_lse)
+    options = check_options(q, scale, causal, window, softcap, sinks, return_lse, out_dtype)
     return Call(q, rows.starts, rows.lens, rows.cu_seqlens_q, nodes, checked_tree, lens, heads, options)

@@ -7,17 +7,28 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from hydragen.kv import NodeKV, PackedKV, levels_tree, node_kv_of_levels, node_kv_of_packed
+from hydragen.host_ints import IntArray
+from hydragen.kv import (
+    NodeKV,
+    PackedKV,
+    PagedKV,
+    levels_tree,
+    node_kv_of_levels,
+    node_kv_of_packed,
+    node_kv_of_pages,
+)
 from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
+from hydragen.validation.pages import check_pages
 from hydragen.validation.queries import check_cu_seqlens
 from hydragen.validation.tensors import check_tensor, kind
 
 MAX_HEAD_DIM = 256
-_Shapes = tuple[tuple[int, ...], ...]
 
 
-def check_kv(kv: object, tree: object, num_rows: int, q: Tensor) -> tuple[PrefixTree, NodeKV, Heads]:
+def check_kv(
+    kv: object, tree: object, num_rows: int, q: Tensor, validate: bool
+) -> tuple[PrefixTree, NodeKV, Heads]:
     """Return the tree, where its nodes' keys and values lie, and the heads; `q` has been checked."""
     if tree is not None and not isinstance(tree, PrefixTree):
         raise TypeError(
@@ -25,7 +36,12 @@ def check_kv(kv: object, tree: object, num_rows: int, q: Tensor) -> tuple[Prefix
             "PrefixTree.from_parents, from_levels or from_token_ids"
         )
     if isinstance(kv, PackedKV):
-        tree, nodes = _check_packed(kv, tree, num_rows, q)
+        k, v, cu = _check_packed(kv, "kv", q)
+        tree, nodes = _tree_of_nodes(tree, cu, "kv.cu_seqlens_k", num_rows), node_kv_of_packed(k, v, cu)
+    elif isinstance(kv, PagedKV):
+        k, v, indptr, indices = check_pages(kv, q, validate)
+        tree = _tree_of_nodes(tree, indptr, "kv.page_indptr", num_rows)
+        nodes = node_kv_of_pages(k, v, indptr, indices)
     else:
         tree, nodes = _check_levels(kv, tree, num_rows, q)
     if tree.num_rows != num_rows:
@@ -39,33 +55,46 @@ def check_kv(kv: object, tree: object, num_rows: int, q: Tensor) -> tuple[Prefix
 def _check_levels(kv: object, tree: PrefixTree | None, num_rows: int, q: Tensor) -> tuple[PrefixTree, NodeKV]:
     if isinstance(kv, str) or not isinstance(kv, Sequence):
         raise TypeError(
-            f"kv must be a list of levels [(k, v), ...] or a hydragen.PackedKV, got {kind(kv)}; "
-            "for one shared prefix pass [(prefix_k, prefix_v), (suffix_k, suffix_v)]"
+            "kv must be a list of levels [(k, v), ...], a hydragen.PackedKV or a hydragen.PagedKV, got "
+            f"{kind(kv)}; for one shared prefix pass [(prefix_k, prefix_v), (suffix_k, suffix_v)]"
         )
     if not kv:
         raise ValueError(
             "kv must have at least one level, got an empty list; rows without keys have a level of length 0"
         )
-    levels = []
+    levels: list[tuple[Tensor, Tensor]] = []
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    offsets: list[bytes | None] = []
     for i, level in enumerate(kv):
-        if isinstance(level, str) or not isinstance(level, Sequence) or len(level) != 2:
-            count = f" of {len(level)}" if isinstance(level, Sequence) else ""
-            raise TypeError(
-                f"kv[{i}] must be a pair (k, v), got {kind(level)}{count}; "
-                "pass [(k, v), ...], one pair per level"
-            )
-        levels.append((check_tensor(level[0], f"kv[{i}] k", q), check_tensor(level[1], f"kv[{i}] v", q)))
-    shapes = tuple([k.shape for k, _ in levels]), tuple([v.shape for _, v in levels])
-    tree = _tree_of_levels(*shapes, tree, num_rows)
-    return tree, node_kv_of_levels(levels, tree)
+        if isinstance(level, PackedKV):
+            k, v, cu = _check_packed(level, f"kv[{i}]", q)
+            num_nodes = cu.size - 1
+            shapes.append(((num_nodes, *k.shape), (num_nodes, *v.shape)))
+            offsets.append(cu.tobytes())
+        else:
+            if isinstance(level, str) or not isinstance(level, Sequence) or len(level) != 2:
+                count = f" of {len(level)}" if isinstance(level, Sequence) else ""
+                raise TypeError(
+                    f"kv[{i}] must be a pair (k, v) or a hydragen.PackedKV, got {kind(level)}{count}; "
+                    "pass [(k, v), ...], one entry per level"
+                )
+            k, v = check_tensor(level[0], f"kv[{i}] k", q), check_tensor(level[1], f"kv[{i}] v", q)
+            shapes.append((k.shape, v.shape))
+            offsets.append(None)
+        levels.append((k, v))
+    tree = _tree_of_levels(tuple(shapes), tree, num_rows)
+    return tree, node_kv_of_levels(levels, tree, offsets)
 
 
 @lru_cache(maxsize=64)
 def _tree_of_levels(
-    k_shapes: _Shapes, v_shapes: _Shapes, tree: PrefixTree | None, num_rows: int
+    shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], tree: PrefixTree | None, num_rows: int
 ) -> PrefixTree:
-    """Check the levels' shapes against one another and the tree; return it, or the one that they mean."""
-    for i, (k_shape, v_shape) in enumerate(zip(k_shapes, v_shapes, strict=True)):
+    """Check the levels' shapes against one another and the tree; return it, or the one that they mean.
+
+    A packed level stands here as [nodes, total_k, num_kv_heads, head_dim].
+    """
+    for i, (k_shape, v_shape) in enumerate(shapes):
         if len(k_shape) != 4 or len(v_shape) != 4:
             raise ValueError(
                 f"kv[{i}] must hold k [nodes, len, num_kv_heads, head_dim] and v [nodes, len, num_kv_heads, "
@@ -77,13 +106,13 @@ def _tree_of_levels(
                 f"kv[{i}] must have k and v with the same nodes, len and num_kv_heads, got {list(k_shape)} "
                 f"and {list(v_shape)}; only the last size may differ"
             )
-        for name, shape, first in (("k", k_shape, k_shapes[0]), ("v", v_shape, v_shapes[0])):
+        for name, shape, first in (("k", k_shape, shapes[0][0]), ("v", v_shape, shapes[0][1])):
             if shape[2:] != first[2:]:
                 raise ValueError(
                     f"kv[{i}] {name} must have the heads of kv[0] {name}, {first[2]} of {first[3]} elements, "
                     f"got {shape[2]} of {shape[3]}; give all levels the same heads"
                 )
-    sizes = tuple(shape[0] for shape in k_shapes)
+    sizes = tuple(k_shape[0] for k_shape, _ in shapes)
     if tree is None:
         _check_equal_groups(sizes, num_rows)
         return levels_tree(sizes, num_rows)
@@ -108,35 +137,38 @@ def _check_equal_groups(sizes: tuple[int, ...], num_rows: int) -> None:
             )
 
 
-def _check_packed(
-    kv: PackedKV, tree: PrefixTree | None, num_rows: int, q: Tensor
-) -> tuple[PrefixTree, NodeKV]:
-    k, v = check_tensor(kv.k, "kv.k", q), check_tensor(kv.v, "kv.v", q)
+def _check_packed(kv: PackedKV, name: str, q: Tensor) -> tuple[Tensor, Tensor, IntArray]:
+    """Return k, v and the nodes' offsets."""
+    k, v = check_tensor(kv.k, f"{name}.k", q), check_tensor(kv.v, f"{name}.v", q)
     if k.dim() != 3 or v.dim() != 3:
         raise ValueError(
-            "kv.k must be [total_k, num_kv_heads, head_dim] and kv.v [total_k, num_kv_heads, head_dim_v], "
-            f"got {list(k.shape)} and {list(v.shape)}; padded tensors go into a list of levels"
+            f"{name}.k must be [total_k, num_kv_heads, head_dim] and {name}.v [total_k, num_kv_heads, "
+            f"head_dim_v], got {list(k.shape)} and {list(v.shape)}; padded tensors go into a list of levels"
         )
     if k.shape[:2] != v.shape[:2]:
         raise ValueError(
-            f"kv.k and kv.v must have the same total_k and num_kv_heads, got {list(k.shape)} and "
+            f"{name}.k and {name}.v must have the same total_k and num_kv_heads, got {list(k.shape)} and "
             f"{list(v.shape)}; only the last size may differ"
         )
-    cu = check_cu_seqlens(kv.cu_seqlens_k, "kv.cu_seqlens_k", k.shape[0], "kv.k")
-    num_nodes = cu.size - 1
+    return k, v, check_cu_seqlens(kv.cu_seqlens_k, f"{name}.cu_seqlens_k", k.shape[0], f"{name}.k")
+
+
+def _tree_of_nodes(tree: PrefixTree | None, offsets: IntArray, name: str, num_rows: int) -> PrefixTree:
+    """Check the number of nodes against the tree; without one every row has a node of its own."""
+    num_nodes = offsets.size - 1
     if tree is None:
         if num_nodes != num_rows:
             raise ValueError(
                 f"tree must be given unless every row has a node of its own, got {num_nodes} nodes in "
-                f"kv.cu_seqlens_k for {num_rows} rows of q; pass tree=PrefixTree.from_parents(...)"
+                f"{name} for {num_rows} rows of q; pass tree=PrefixTree.from_parents(...)"
             )
-        tree = levels_tree((num_rows,), num_rows)
-    elif tree.num_nodes != num_nodes:
+        return levels_tree((num_rows,), num_rows)
+    if tree.num_nodes != num_nodes:
         raise ValueError(
-            f"kv.cu_seqlens_k must have one offset per node of the tree and the end, {tree.num_nodes} + 1, "
-            f"got {cu.size}; empty nodes count too"
+            f"{name} must have one offset per node of the tree and the end, {tree.num_nodes} + 1, "
+            f"got {offsets.size}; empty nodes count too"
         )
-    return tree, node_kv_of_packed(k, v, cu)
+    return tree
 
 
 @lru_cache(maxsize=64)

@@ -41,6 +41,7 @@ def check_options(
     softcap: object,
     sinks: object,
     return_lse: bool,
+    out_dtype: object,
 ) -> Options:
     """Return the options of a run on `q` [..., num_q_heads, head_dim], defaults filled in."""
     check_bool(causal, "causal")
@@ -53,6 +54,7 @@ def check_options(
         None if softcap is None else _check_softcap(softcap, number, q.dtype),
         None if sinks is None else _check_sinks(sinks, q),
         return_lse,
+        q.dtype if out_dtype is None else _check_out_dtype(out_dtype, q.dtype),
     )
 
 
@@ -66,6 +68,16 @@ def check_scale(scale: object, dtype: torch.dtype = torch.float32) -> float:
             f"{remedy}"
         )
     return number
+
+
+def _check_out_dtype(out_dtype: object, dtype: torch.dtype) -> torch.dtype:
+    allowed = (dtype,) if dtype in (torch.float32, torch.float64) else (dtype, torch.float32)
+    if not isinstance(out_dtype, torch.dtype) or out_dtype not in allowed:
+        raise TypeError(
+            f"out_dtype must be None, {' or '.join(map(str, allowed))} for q in {dtype}, got "
+            f"{shown(out_dtype)}; float32 keeps partial results as exact as they were computed"
+        )
+    return out_dtype
 
 
 def _check_window(window: object) -> int:

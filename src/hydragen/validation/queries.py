@@ -67,6 +67,17 @@ def check_queries(q: Tensor, cu_seqlens_q: object, max_seqlen_q: object, validat
 
 def check_cu_seqlens(value: object, name: str, total: int, of: str) -> IntArray:
     """Return offsets on the host as int64: from 0, never decreasing, up to the `total` tokens of `of`."""
+    cu = check_offsets(value, name)
+    if cu[-1] != total:
+        raise ValueError(
+            f"{name} must end with the number of tokens in {of}, {total}, got {cu[-1]}; "
+            "cut the tensor or correct the offsets"
+        )
+    return cu
+
+
+def check_offsets(value: object, name: str) -> IntArray:
+    """Return offsets on the host as int64: from 0, never decreasing."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         raise ValueError(
             f"{name} must be on the host (plans are made from it), got device {value.device}; "
@@ -83,11 +94,6 @@ def check_cu_seqlens(value: object, name: str, total: int, of: str) -> IntArray:
         raise ValueError(
             f"{name} must not decrease, got {cu[at]} then {cu[at + 1]} at index {at + 1}; "
             "give cumulative offsets"
-        )
-    if cu[-1] != total:
-        raise ValueError(
-            f"{name} must end with the number of tokens in {of}, {total}, got {cu[-1]}; "
-            "cut the tensor or correct the offsets"
         )
     return frozen(cu)
 

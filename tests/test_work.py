@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import hydragen.plan
+import hydragen.work
 from hydragen import PrefixTree
 from hydragen.kv import NodeKV, levels_tree, node_kv_of_levels, node_kv_of_packed
-from hydragen.plan import ITEM_COLUMNS, Plan, make_plan
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, INTERPRETER, Target
+from hydragen.work import ITEM_COLUMNS, WorkPlan, make_work_plan
 
 A100 = Target(arch=80, num_sms=108, flops=312e12, bandwidth=2.0e12)
 B200 = Target(arch=100, num_sms=148, flops=2000e12, bandwidth=8e12)
@@ -49,14 +49,14 @@ def plan_of(
     target: Target,
     batch_invariant: bool = False,
     nodes: NodeKV | None = None,
-) -> Plan:
+) -> WorkPlan:
     assert tree.kv_lens is not None
     starts = np.cumsum(q_lens) - q_lens
     where = packed_nodes(tree) if nodes is None else nodes
-    return make_plan(tree, where, tree.kv_lens, False, starts, q_lens, heads, target, batch_invariant)
+    return make_work_plan(tree, where, tree.kv_lens, False, starts, q_lens, heads, target, batch_invariant)
 
 
-def plans() -> Iterator[Plan]:
+def plans() -> Iterator[WorkPlan]:
     """Plans of random trees, in every way to cut the work."""
     rng = np.random.default_rng(0)
     for number in range(60):
@@ -71,14 +71,14 @@ def plans() -> Iterator[Plan]:
 
 
 @pytest.fixture(scope="module", params=["as tuned", "short splits"])
-def work(request: pytest.FixtureRequest) -> Iterator[list[Plan]]:
+def work(request: pytest.FixtureRequest) -> Iterator[list[WorkPlan]]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "short splits":
-            patch.setattr(hydragen.plan, "split_size", lambda *_, **__: 16)
+            patch.setattr(hydragen.work, "split_size", lambda *_, **__: 16)
         yield list(plans())
 
 
-def entries(plan: Plan) -> Iterator[tuple[dict[str, int], int, int, range]]:
+def entries(plan: WorkPlan) -> Iterator[tuple[dict[str, int], int, int, range]]:
     """Each item as (columns, block_m, rows per token, the rows of the item that it computes)."""
     for launch in plan.work.launches:
         rows_per_token = launch.heads * plan.heads.group_size
@@ -88,7 +88,7 @@ def entries(plan: Plan) -> Iterator[tuple[dict[str, int], int, int, range]]:
             yield item, launch.tile.block_m, rows_per_token, range(item["row_begin"], end)
 
 
-def expected_pairs(plan: Plan) -> Counter[tuple[int, int, int]]:
+def expected_pairs(plan: WorkPlan) -> Counter[tuple[int, int, int]]:
     """(query token in tree order, node, key) for every key on the token's path."""
     return Counter(
         (token, node, key)
@@ -98,7 +98,7 @@ def expected_pairs(plan: Plan) -> Counter[tuple[int, int, int]]:
     )
 
 
-def test_every_token_meets_every_key_of_its_path_once(work: list[Plan]) -> None:
+def test_every_token_meets_every_key_of_its_path_once(work: list[WorkPlan]) -> None:
     for plan in work:
         pairs: Counter[tuple[int, int, int]] = Counter()
         rows: Counter[tuple[int, int, int, int]] = Counter()
@@ -118,7 +118,7 @@ def test_every_token_meets_every_key_of_its_path_once(work: list[Plan]) -> None:
         assert set(heads_of.values()) <= expected
 
 
-def test_programs_serve_all_heads(work: list[Plan]) -> None:
+def test_programs_serve_all_heads(work: list[WorkPlan]) -> None:
     for plan in work:
         for launch in plan.work.launches:
             assert plan.heads.num_kv_heads % launch.heads == 0
@@ -126,7 +126,7 @@ def test_programs_serve_all_heads(work: list[Plan]) -> None:
     assert any(launch.heads > 1 for plan in work for launch in plan.work.launches)
 
 
-def test_items_say_where_the_keys_lie(work: list[Plan]) -> None:
+def test_items_say_where_the_keys_lie(work: list[WorkPlan]) -> None:
     for plan in work:
         nodes = packed_nodes(plan.tree)
         for item, *_ in entries(plan):
@@ -135,7 +135,7 @@ def test_items_say_where_the_keys_lie(work: list[Plan]) -> None:
             assert item["end"] <= plan.kv_lens[item["node"]]
 
 
-def test_partial_rows_are_unique(work: list[Plan]) -> None:
+def test_partial_rows_are_unique(work: list[WorkPlan]) -> None:
     for plan in work:
         owner: dict[int, tuple[int, int, int]] = {}
         for item, _, rows_per_token, computed in entries(plan):
@@ -149,7 +149,7 @@ def test_partial_rows_are_unique(work: list[Plan]) -> None:
         assert len(set(owner.values())) == len(owner)
 
 
-def test_merge_lists_are_complete_and_go_from_root_to_leaf(work: list[Plan]) -> None:
+def test_merge_lists_are_complete_and_go_from_root_to_leaf(work: list[WorkPlan]) -> None:
     seen = 0
     for plan in work:
         if plan.work.final:
@@ -169,7 +169,7 @@ def test_merge_lists_are_complete_and_go_from_root_to_leaf(work: list[Plan]) -> 
     assert seen > 100, "hardly any token has two partials: this tests little"
 
 
-def test_one_launch_per_kind_of_tile(work: list[Plan]) -> None:
+def test_one_launch_per_kind_of_tile(work: list[WorkPlan]) -> None:
     for plan in work:
         kinds = [launch.tile for launch in plan.work.launches]
         assert len(kinds) == len(set(kinds))
@@ -183,7 +183,7 @@ def test_depth_and_nodes_add_no_launches() -> None:
     assert len(plan.work.launches) == 1
 
 
-def test_final_means_one_partial_for_every_token(work: list[Plan]) -> None:
+def test_final_means_one_partial_for_every_token(work: list[WorkPlan]) -> None:
     kinds = set()
     for plan in work:
         partials: Counter[int] = Counter()
@@ -198,7 +198,7 @@ def test_final_means_one_partial_for_every_token(work: list[Plan]) -> None:
     assert kinds == {True, False}
 
 
-def test_the_longest_items_come_first(work: list[Plan]) -> None:
+def test_the_longest_items_come_first(work: list[WorkPlan]) -> None:
     for plan in work:
         for launch in plan.work.launches:
             keys = [

@@ -221,7 +221,7 @@ def _expand(counts: IntArray) -> tuple[IntArray, IntArray]:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class WorkPlan:
     """What is to be done for one structure, whatever the tensors hold.
 
     Attributes
@@ -252,7 +252,7 @@ class Plan:
     uploads: dict[Any, Any] = field(default_factory=dict)
 
 
-def make_plan(
+def make_work_plan(
     tree: PrefixTree,
     nodes: NodeKV,
     kv_lens: IntArray,
@@ -262,9 +262,9 @@ def make_plan(
     heads: Heads,
     target: Target,
     batch_invariant: bool,
-) -> Plan:
-    """Plan one attention call; capacities stand in for lengths that live on the device."""
+) -> WorkPlan:
+    """WorkPlan one attention call; capacities stand in for lengths that live on the device."""
     queries = Queries.of(tree, q_starts, q_lens)
     segments, tiles = find_segments(kv_lens, queries, heads, target, batch_invariant)
     work = lay_out_work(nodes, queries, segments, tiles, heads, batch_invariant)
-    return Plan(tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant)
+    return WorkPlan(tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant)
