@@ -117,8 +117,8 @@ CASES: list[Case] = [
     ("cu-k-float", packed(kv=packed_kv(cu_seqlens_k=np.linspace(0, 17, 6))), TypeError, "kv.cu_seqlens_k must hold integers", "got dtype float64", ".astype"),
     ("max-q-alone", two_levels(max_seqlen_q=2), ValueError, "max_seqlen_q must come with cu_seqlens_q", "got 2", "leave it out"),
     ("max-q-too-small", packed(max_seqlen_q=3), ValueError, "max_seqlen_q must be at least the query tokens of the longest row, 4", "got 3", "raise it"),
-    ("max-q-float", packed(max_seqlen_q=4.0), TypeError, "max_seqlen_q must be None or an integer", "got 4.0 of type float", "longest row"),
-    ("max-q-negative", packed(max_seqlen_q=-1), ValueError, "max_seqlen_q must be None or an integer of at least 0", "got -1", "longest row"),
+    ("max-q-float", packed(max_seqlen_q=4.0), TypeError, "max_seqlen_q must be an integer", "got 4.0 of type float", "longest row"),
+    ("max-q-negative", packed(max_seqlen_q=-1), ValueError, "max_seqlen_q must be an integer of at least 0", "got -1", "longest row"),
     # options
     ("scale-nan", two_levels(scale=float("nan")), ValueError, "scale must be a finite number or None", "got nan", "head_dim ** -0.5"),
     ("scale-inf", two_levels(scale=np.float32("inf")), ValueError, "scale must be a finite number or None", "inf", "head_dim ** -0.5"),

@@ -1,9 +1,10 @@
 """Exact attention over batches of sequences that share prefixes (Hydragen, arXiv 2402.05099)."""
 
-from hydragen.api import attention
+from hydragen.api import attention, plan
 from hydragen.explain import Explanation, explain
 from hydragen.kv import PackedKV, PagedKV
 from hydragen.merging import merge_states
+from hydragen.planned import Plan
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 
@@ -13,8 +14,10 @@ __all__ = [
     "Explanation",
     "PackedKV",
     "PagedKV",
+    "Plan",
     "PrefixTree",
     "attention",
     "explain",
     "merge_states",
+    "plan",
 ]

@@ -11,11 +11,14 @@ from torch import Tensor
 from hydragen.backends import choose_backend
 from hydragen.host_ints import IntArray
 from hydragen.kv import KV
+from hydragen.lengths import check_kv_lens
 from hydragen.ops import attention_in_graph, implement
+from hydragen.planned import Plan
 from hydragen.target import target_of
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_attention, check_backend, check_bool
+from hydragen.validation.planned import check_plan, check_reserve
 from hydragen.work import WorkPlan, make_work_plan
 
 # Plans by structure: a decode loop asks for the same one at every layer and, with lengths on the device,
@@ -122,6 +125,79 @@ def attention(
     )  # fmt: skip
     state = attention_in_graph(*arguments) if torch.compiler.is_compiling() else _attention(*arguments)
     return state if return_lse else state.out
+
+
+def plan(
+    tree: PrefixTree,
+    kv: KV,
+    *,
+    num_q_heads: int,
+    q_len: int | None = None,
+    cu_seqlens_q: Sequence[int] | IntArray | Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    total_q: int | None = None,
+    kv_lens: object = None,
+    backend: str = "auto",
+    batch_invariant: bool = False,
+    reserve: float = 1.0,
+    validate: bool = False,
+) -> Plan:
+    """Lay the work of an attention step out once, for all layers and for later steps.
+
+    Parameters
+    ----------
+    tree : PrefixTree
+        Who shares what.
+    kv : list of levels, PackedKV or PagedKV
+        Keys and values of any layer, as in `attention`: their shapes, dtype, device and tables count, not
+        what they hold.
+    num_q_heads : int
+        Query heads.
+    q_len : int, optional
+        Query tokens of each row; default 1.
+    cu_seqlens_q, max_seqlen_q : optional
+        Offsets of packed q instead, as in `attention`.
+    total_q : int, optional
+        Tokens of packed q; needed only with `cu_seqlens_q` on a device.
+    kv_lens : optional
+        Tokens in use per node, as in `attention`. Lists and arrays are part of the plan. Tensors on kv's
+        device may be updated: the plan is made for the capacity of these nodes and serves while they grow.
+    backend, batch_invariant
+        As in `attention`.
+    reserve : float
+        With more than 1, the tree may change too (`Plan.update`): there is room for that many times the work
+        of this one.
+    validate : bool
+        Also check lengths and page numbers that live on the device; waits for it.
+
+    Returns
+    -------
+    Plan
+        With `run`, `update` and `explain`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If arguments do not fit together.
+
+    Examples
+    --------
+    >>> import torch
+    >>> tree = PrefixTree.from_levels([[100], [10, 10, 10, 10]])
+    >>> layers = [[tuple(torch.randn(2, n, t, 2, 64)) for n, t in ((1, 100), (4, 10))] for _ in range(3)]
+    >>> lens = torch.tensor([3, 10, 0, 7])
+    >>> step = plan(tree, layers[0], num_q_heads=8, kv_lens=[None, lens])
+    >>> [step.run(torch.randn(4, 1, 8, 64), kv).shape for kv in layers][-1]
+    torch.Size([4, 1, 8, 64])
+    """
+    check_backend(backend)
+    check_bool(batch_invariant, "batch_invariant")
+    check_bool(validate, "validate")
+    room = check_reserve(reserve)
+    planned = check_plan(tree, kv, num_q_heads, q_len, cu_seqlens_q, max_seqlen_q, total_q, validate)
+    device = planned.like.device
+    lens = check_kv_lens(kv_lens, planned.tree, planned.nodes, device, validate, may_grow=True)
+    return Plan(planned, lens, choose_backend(backend, planned.like), batch_invariant, room)
 
 
 @implement

@@ -10,8 +10,9 @@ import torch
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target, target_of
 from hydragen.tree import PrefixTree
+from hydragen.tuning import Tile
 from hydragen.validation.explain import check_explain
-from hydragen.work import find_segments
+from hydragen.work import Segments, WorkPlan, find_segments
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,19 @@ def explain(
     lens = check_explain(tree, num_q_heads, num_kv_heads, *dims, dtype, q_len)
     target = H200 if device is None else target_of(torch.device(device))
     heads = Heads(num_q_heads, num_kv_heads, *dims, dtype.itemsize)
-    q_lens = np.full(tree.num_rows, q_len)
-    queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, q_lens)
+    queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, np.full(tree.num_rows, q_len))
     segments, tiles = find_segments(lens, queries, heads, target, batch_invariant=False)
+    return _explanation(tree, segments, tiles, heads, target)
+
+
+def explanation(plan: WorkPlan) -> Explanation:
+    """Say what a plan does, and what that costs."""
+    return _explanation(plan.tree, plan.work.segments, plan.work.tiles, plan.heads, plan.target)
+
+
+def _explanation(
+    tree: PrefixTree, segments: Segments, tiles: tuple[Tile, ...], heads: Heads, target: Target
+) -> Explanation:
     num_rows = (tree.row_end - tree.row_begin)[segments.node]
     columns = np.stack(
         [

@@ -155,7 +155,7 @@ def node_kv_of_levels(
     ks, vs = tuple([k for k, _ in levels]), tuple([v for _, v in levels])
     slot, capacity = _places(tree, tuple([k.shape[1] for k in ks]), offsets)
     packed = tuple([offset is not None for offset in offsets])
-    k_strides, v_strides = tuple([_strides(k) for k in ks]), tuple([_strides(v) for v in vs])
+    k_strides, v_strides = tuple([strides_of(k) for k in ks]), tuple([strides_of(v) for v in vs])
     return NodeKV(ks, vs, k_strides, v_strides, tree.depth, slot, capacity, packed, by_level=True)
 
 
@@ -178,18 +178,20 @@ def node_kv_of_packed(k: Tensor, v: Tensor, cu_seqlens_k: IntArray) -> NodeKV:
     """Place each node at its token offset."""
     slot, capacity = cu_seqlens_k[:-1], np.diff(cu_seqlens_k)
     level = np.zeros_like(slot)
-    return NodeKV((k,), (v,), (_strides(k),), (_strides(v),), level, slot, capacity, (True,), by_level=False)
+    return NodeKV(
+        (k,), (v,), (strides_of(k),), (strides_of(v),), level, slot, capacity, (True,), by_level=False
+    )
 
 
 def node_kv_of_pages(k: Tensor, v: Tensor, page_indptr: IntArray, page_indices: Tensor) -> NodeKV:
     """Place each node at its first entry of the page table."""
     pages = Pages(page_indices, k.shape[1], k.shape[0])
     slot, capacity = page_indptr[:-1], np.diff(page_indptr) * pages.size
-    level, strides = np.zeros_like(slot), (_strides(k), _strides(v))
+    level, strides = np.zeros_like(slot), (strides_of(k), strides_of(v))
     return NodeKV((k,), (v,), strides[:1], strides[1:], level, slot, capacity, (False,), False, pages)
 
 
-def _strides(x: Tensor) -> Strides:
+def strides_of(x: Tensor) -> Strides:
     """Return elements per (slot, token, head, dim); the slots of a packed tensor are token indices."""
     strides = x.stride()
     if len(strides) == 3:

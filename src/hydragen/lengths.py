@@ -62,10 +62,10 @@ class KVLens(NamedTuple):
                 part.copy_(torch.minimum(given.clamp(min=0), part))
                 continue
             # a level whose nodes are numbered here and there
-            index = uploads.get(("nodes", first, end, lens.device))
+            key = ("nodes", nodes.tobytes(), lens.device)
+            index = uploads.get(key)
             if index is None:
-                index = torch.from_numpy(nodes.copy()).to(lens.device)
-                uploads["nodes", first, end, lens.device] = index
+                index = uploads[key] = torch.from_numpy(nodes.copy()).to(lens.device)
             lens.index_copy_(0, index, torch.minimum(given.clamp(min=0), lens[index]).to(torch.int32))
         return lens
 
@@ -76,9 +76,19 @@ def on_device(lens: object) -> TypeGuard[Tensor]:
 
 
 def check_kv_lens(
-    kv_lens: object, tree: PrefixTree, nodes: NodeKV, device: torch.device, validate: bool
+    kv_lens: object,
+    tree: PrefixTree,
+    nodes: NodeKV,
+    device: torch.device,
+    validate: bool,
+    *,
+    may_grow: bool = False,
 ) -> KVLens:
-    """Check `kv_lens` against the nodes' capacities; None: the tree's lengths, or else the capacities."""
+    """Check `kv_lens` against the nodes' capacities; None: the tree's lengths, or else the capacities.
+
+    With `may_grow`, tensors on `device` are taken as lengths on a device even if that is a CPU: so that a
+    plan for lengths that grow is written in one way for all devices.
+    """
     if kv_lens is None:
         if tree.kv_lens is None:
             return KVLens(nodes.capacity)
@@ -92,8 +102,8 @@ def check_kv_lens(
     there = []
     for indices, lens, name in given:
         capacity = nodes.capacity[indices]
-        if on_device(lens):
-            _check_device(lens, capacity, name, device, validate)
+        if on_device(lens) or (may_grow and isinstance(lens, Tensor)):
+            _check_device(lens, capacity, name, device, validate or not on_device(lens))
             if indices.size:
                 there.append((indices, lens))
         else:

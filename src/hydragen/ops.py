@@ -17,8 +17,9 @@ from hydragen.kv import KV, PackedKV, PagedKV
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 
-# Set by api.py: the eager implementation, which lies above this floor.
+# Set by api.py and planned.py: the eager implementations, which lie above this floor.
 _eager: Callable[..., AttentionState] | None = None
+_run_plan: Callable[..., AttentionState] | None = None
 
 
 def implement(eager: Callable[..., AttentionState]) -> Callable[..., AttentionState]:
@@ -26,6 +27,13 @@ def implement(eager: Callable[..., AttentionState]) -> Callable[..., AttentionSt
     global _eager
     _eager = eager
     return eager
+
+
+def implement_run(run: Callable[..., AttentionState]) -> Callable[..., AttentionState]:
+    """Make `run` the code behind the operator of plans and return it."""
+    global _run_plan
+    _run_plan = run
+    return run
 
 
 @torch.library.custom_op("hydragen::attention", mutates_args=())
@@ -148,6 +156,63 @@ def attention_in_graph(
         batch_invariant, validate,
     )  # fmt: skip
     return AttentionState(out, lse)
+
+
+@torch.library.custom_op("hydragen::run", mutates_args=())
+def run_op(
+    plan: int,
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """`Plan.run`, flattened, of the plan with this handle; lse is empty unless `return_lse`."""
+    if _run_plan is None:
+        raise RuntimeError("hydragen.planned must be imported before its operator is called")
+    with torch.no_grad():
+        state = _run_plan(
+            of_handle(plan), q, k, v, scale, causal, window, softcap, sinks, return_lse, out_dtype
+        )
+    lse = state.lse if return_lse else q.new_empty(0, dtype=_lse_dtype(q))
+    return state.out.contiguous(), lse.contiguous()
+
+
+@run_op.register_fake
+def _(_plan: int, q: Tensor, _k: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    return_lse, out_dtype = rest[-2:]
+    out = q.new_empty((*q.shape[:-1], v[0].shape[-1]), dtype=out_dtype)
+    return out, q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=_lse_dtype(q))
+
+
+run_op.register_autograd(_backward)
+
+
+def run_in_graph(
+    plan: int, q: Tensor, kv: Any, scale: float | None, causal: bool, window: int | None,
+    softcap: float | None, sinks: Tensor | None, return_lse: bool, out_dtype: torch.dtype | None,
+) -> AttentionState:  # fmt: skip
+    """Call the operator of `Plan.run`, in a form that torch.compile can trace."""
+    k, v = flat_tensors(kv)
+    out, lse = run_op(plan, q, k, v, scale, causal, window, softcap, sinks, return_lse, out_dtype)
+    return AttentionState(out, lse)
+
+
+def flat_tensors(kv: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return all keys and all values of one layer: of each level, or of the one tensor pair."""
+    if isinstance(kv, PagedKV):
+        return [kv.k_cache], [kv.v_cache]
+    if isinstance(kv, PackedKV):
+        return [kv.k], [kv.v]
+    if isinstance(kv[0], Tensor):
+        return [kv[0]], [kv[1]]
+    pairs = [(part.k, part.v) if isinstance(part, PackedKV) else (part[0], part[1]) for part in kv]
+    return [k for k, _ in pairs], [v for _, v in pairs]
 
 
 def _host_tensor(value: Any) -> Tensor:

@@ -6,6 +6,7 @@ plan is then made for the capacities, and the kernels clamp.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +84,12 @@ class Work:
 
 
 def find_segments(
-    kv_lens: IntArray, queries: Queries, heads: Heads, target: Target, batch_invariant: bool
+    kv_lens: IntArray,
+    queries: Queries,
+    heads: Heads,
+    target: Target,
+    batch_invariant: bool,
+    fixed_heads: Mapping[Tile, int] | None = None,
 ) -> tuple[Segments, tuple[Tile, ...]]:
     """Return what there is to attend to, with a tile and a split size for each segment.
 
@@ -112,11 +118,12 @@ def find_segments(
     size, together = np.ones_like(kv_len), np.ones_like(kv_len)
     for index in np.unique(tile):
         chosen = tile == index
-        # one under batch_invariant, since how many rows share a tile is a matter of the others
-        shared = (
-            1
-            if batch_invariant
-            else heads_per_program(
+        if fixed_heads is not None:
+            shared = fixed_heads[tiles[index]]
+        elif batch_invariant:
+            shared = 1  # how many rows share a tile is a matter of the others
+        else:
+            shared = heads_per_program(
                 num_tok[chosen],
                 kv_len[chosen],
                 heads.group_size,
@@ -125,7 +132,6 @@ def find_segments(
                 tiles[index],
                 target,
             )
-        )
         together[chosen] = shared
         size[chosen] = split_size(
             kv_len[chosen],
@@ -151,9 +157,12 @@ def lay_out_work(
     segments: Segments,
     tiles: tuple[Tile, ...],
     heads: Heads,
-    batch_invariant: bool,
+    may_be_final: bool,
 ) -> Work:
-    """Cut the segments into splits and row blocks, give each its place, and list every token's partials."""
+    """Cut the segments into splits and row blocks, give each its place, and list every token's partials.
+
+    With `may_be_final` there is no merge where every token has one partial.
+    """
     num_splits = -(-segments.kv_len // segments.split_size)
     split_of, split = _expand(num_splits)
     begin = split * segments.split_size[split_of]
@@ -166,9 +175,7 @@ def lay_out_work(
     entry_of, within = _expand(num_tok)
     token_of_partial = tok_begin[entry_of] + within
     partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
-    # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
-    # whether all rows have one partial is a matter of the others.
-    final = not batch_invariant and bool((partials_per_token == 1).all())
+    final = may_be_final and bool((partials_per_token == 1).all())
 
     launches = []
     # The largest tiles first: they are bound by compute, and what follows fills the room they leave.
@@ -237,6 +244,8 @@ class WorkPlan:
     target : Target
     batch_invariant : bool
         No row's bits depend on the other rows.
+    room : (nodes, pairs of a node and an ancestor), or None
+        The tables on devices have room for so many, to be replaced in place when the tree changes.
     uploads : dict
         What backends keep on devices for this plan; it lives as long as the plan.
     """
@@ -249,6 +258,7 @@ class WorkPlan:
     work: Work
     target: Target
     batch_invariant: bool
+    room: tuple[int, int] | None = None
     uploads: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -262,9 +272,17 @@ def make_work_plan(
     heads: Heads,
     target: Target,
     batch_invariant: bool,
+    fixed_heads: Mapping[Tile, int] | None = None,
 ) -> WorkPlan:
-    """WorkPlan one attention call; capacities stand in for lengths that live on the device."""
+    """Plan one attention call; capacities stand in for lengths that live on the device.
+
+    With `fixed_heads`, the KV heads per program of each tile, the plan launches kernels that have been chosen
+    already: they leave partials for a merge.
+    """
     queries = Queries.of(tree, q_starts, q_lens)
-    segments, tiles = find_segments(kv_lens, queries, heads, target, batch_invariant)
-    work = lay_out_work(nodes, queries, segments, tiles, heads, batch_invariant)
+    segments, tiles = find_segments(kv_lens, queries, heads, target, batch_invariant, fixed_heads)
+    # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
+    # whether all rows have one partial is a matter of the others.
+    may_be_final = fixed_heads is None and not batch_invariant
+    work = lay_out_work(nodes, queries, segments, tiles, heads, may_be_final)
     return WorkPlan(tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hydragen.backends.tokens import Tokens
@@ -20,6 +21,14 @@ class Backend(Protocol):
 
         `tokens` is what `tokens.locate` returns, if it is known already.
         """
+        ...
+
+    def prepare(self, plan: WorkPlan, device: torch.device) -> None:
+        """Bring to `device` what `plan` needs there, memory for partial results included."""
+        ...
+
+    def replace_tables(self, plan: WorkPlan, device: torch.device) -> None:
+        """Overwrite, on `device`, the tables of the plan before, whose `uploads` this one has."""
         ...
 
 

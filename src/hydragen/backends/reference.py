@@ -62,6 +62,14 @@ def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionSt
     return AttentionState(state.out.reshape(*shape, head_dim_v), state.lse.reshape(shape))
 
 
+def prepare(plan: WorkPlan, device: torch.device) -> None:
+    """Nothing: there are no tables."""
+
+
+def replace_tables(plan: WorkPlan, device: torch.device) -> None:
+    """Nothing: there are no tables."""
+
+
 def _gathered(nodes: NodeKV) -> NodeKV:
     """Copy the pages of all nodes side by side, as one packed tensor; other layouts stay as they are."""
     if nodes.pages is None:

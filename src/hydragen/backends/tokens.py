@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydragen.backends.uploads import Uploaded
 from hydragen.forest import path_sums
 from hydragen.host_ints import IntArray
 from hydragen.validation import Call
@@ -36,23 +37,51 @@ class Tokens(NamedTuple):
 
 
 def locate(plan: WorkPlan, call: Call, *, kernels_clamp: bool = False) -> Tokens:
-    """Return the tensors that this call needs; nothing waits for the device.
+    """Return the tensors that a call needs; nothing waits for the device.
 
     With `kernels_clamp` lengths may be left as they were given, to be clamped where they are read.
     """
+    device = call.q.device
     masked = needs_positions(plan, call)
-    constants = _constants(plan, call.q.device)
-    kv_lens = None
+    lens = None
     if plan.lens_on_device:
-        given = None if masked or not kernels_clamp else call.kv_lens.unclamped(constants.planned_lens)
-        kv_lens = call.kv_lens.clamped(constants.planned_lens, plan.uploads) if given is None else given
-    if call.cu_seqlens_q is None and (kv_lens is None or not masked):
-        pos, start = _host_positions(plan, call.q.device) if masked else (None, None)
+        planned = _constants(plan, device).planned_lens
+        given = None if masked or not kernels_clamp else call.kv_lens.unclamped(planned)
+        lens = call.kv_lens.clamped(planned, plan.uploads) if given is None else given
+    return find_tokens(plan, lens, call.cu_seqlens_q, call.q.shape[0], masked, device)
+
+
+def find_tokens(
+    plan: WorkPlan,
+    kv_lens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    total_q: int,
+    masked: bool,
+    device: torch.device,
+) -> Tokens:
+    """Return where tokens and keys are.
+
+    Parameters
+    ----------
+    plan : WorkPlan
+    kv_lens : int32 [num_nodes] or None
+        Lengths on the device; clamped if `masked`. None: the plan knows them.
+    cu_seqlens_q : integers [num_rows + 1] or None
+        Offsets of the rows in packed q, on the device; None: the plan knows them.
+    total_q : int
+        Tokens in packed q.
+    masked : bool
+        Whether positions are needed.
+    device : torch.device
+    """
+    constants = _constants(plan, device)
+    if cu_seqlens_q is None and (kv_lens is None or not masked):
+        pos, start = _host_positions(plan, device) if masked else (None, None)
         return Tokens(constants.token, pos, start, kv_lens)
     token, q_lens = constants.token, constants.q_lens
-    if call.cu_seqlens_q is not None:
+    if cu_seqlens_q is not None:
         # clamped, as lengths are: offsets that are wrong must not become addresses outside of q and out
-        offsets = call.cu_seqlens_q.clamp(0, call.q.shape[0]).to(torch.int32)
+        offsets = cu_seqlens_q.clamp(0, total_q).to(torch.int32)
         q_lens = offsets.diff()
         filled = constants.within < q_lens[constants.row]
         token = torch.where(filled, offsets[:-1][constants.row] + constants.within, -1)
@@ -74,7 +103,20 @@ def needs_positions(plan: WorkPlan, call: Call) -> bool:
     return call.options.causal and (plan.batch_invariant or int(call.q_lens.max(initial=0)) > 1)
 
 
+def planned_lens(plan: WorkPlan, device: torch.device) -> Tensor:
+    """Return the plan's lengths and capacities on `device`, int32 [num_nodes, or room for them and one]."""
+    return _constants(plan, device).planned_lens
+
+
+def replace_constants(plan: WorkPlan, device: torch.device) -> None:
+    """Overwrite, on `device`, what was uploaded for the plan before, whose `uploads` this one has."""
+    uploaded: Uploaded = plan.uploads["constants", device][0]
+    uploaded.replace(_constant_arrays(plan))
+
+
 class _Constants(NamedTuple):
+    """Of a plan with room there is one node more than room for, of length 0: padding refers to it."""
+
     token: Tensor | None
     row: Tensor
     within: Tensor
@@ -86,45 +128,39 @@ class _Constants(NamedTuple):
 
 
 def _constants(plan: WorkPlan, device: torch.device) -> _Constants:
-    found = plan.uploads.get(("constants", device))
+    found: tuple[Uploaded, _Constants] | None = plan.uploads.get(("constants", device))
     if found is None:
-        found = plan.uploads["constants", device] = _upload_constants(plan, device)
-    return found
+        uploaded = Uploaded(_constant_arrays(plan), device)
+        token, *others = uploaded.parts
+        in_order = plan.queries.in_order and plan.room is None
+        found = uploaded, _Constants(None if in_order else token, *others)
+        plan.uploads["constants", device] = found
+    return found[1]
 
 
-def _upload_constants(plan: WorkPlan, device: torch.device) -> _Constants:
-    queries = plan.queries
+def _constant_arrays(plan: WorkPlan) -> list[IntArray]:
+    queries, kv_lens = plan.queries, plan.kv_lens
     descendant, ancestor = _ancestor_pairs(plan.tree.parents)
-
-    def there(array: IntArray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int32)).to(device, non_blocking=True)
-
-    return _Constants(
-        None if queries.in_order else there(queries.token),
-        there(queries.row),
-        there(queries.within),
-        there(queries.q_lens),
-        there(plan.tree.row_to_node),
-        there(plan.kv_lens),
-        there(descendant),
-        there(ancestor),
-    )
+    if plan.room is not None:
+        nodes, pairs = plan.room
+        kv_lens = np.pad(kv_lens, (0, nodes + 1 - kv_lens.size))
+        padding = (0, pairs - descendant.size)
+        descendant, ancestor = (np.pad(x, padding, constant_values=nodes) for x in (descendant, ancestor))
+    return [
+        queries.token, queries.row, queries.within, queries.q_lens, plan.tree.row_to_node, kv_lens,
+        descendant, ancestor,
+    ]  # fmt: skip
 
 
 def _host_positions(plan: WorkPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    found = plan.uploads.get(("positions", device))
+    found: Uploaded | None = plan.uploads.get(("positions", device))
     if found is None:
-        found = plan.uploads["positions", device] = _upload_positions(plan, device)
-    return found
-
-
-def _upload_positions(plan: WorkPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    path_len = path_sums(plan.tree.parents, plan.kv_lens)
-    queries = plan.queries
-    row_path = path_len[plan.tree.row_to_node]
-    q_pos = row_path[queries.row] - queries.q_lens[queries.row] + queries.within
-    tensors = [torch.from_numpy(x.astype(np.int32)).to(device) for x in (q_pos, path_len - plan.kv_lens)]
-    return tensors[0], tensors[1]
+        path_len = path_sums(plan.tree.parents, plan.kv_lens)
+        queries = plan.queries
+        row_path = path_len[plan.tree.row_to_node]
+        q_pos = row_path[queries.row] - queries.q_lens[queries.row] + queries.within
+        found = plan.uploads["positions", device] = Uploaded([q_pos, path_len - plan.kv_lens], device)
+    return found.parts[0], found.parts[1]
 
 
 def _ancestor_pairs(parents: IntArray) -> tuple[IntArray, IntArray]:

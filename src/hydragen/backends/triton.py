@@ -14,12 +14,13 @@ from torch import Tensor
 from hydragen.backends.launch import INTERPRET, Launcher, alignment
 from hydragen.backends.launches import LOG2_E, attend_launcher, merge_launcher
 from hydragen.backends.tokens import Tokens, locate
+from hydragen.backends.uploads import Uploaded
 from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
 
-class Workspace(NamedTuple):
+class _Workspace(NamedTuple):
     """Memory for partial results.
 
     Attributes
@@ -32,7 +33,7 @@ class Workspace(NamedTuple):
     part_lse: Tensor
 
 
-class Tables(NamedTuple):
+class _Tables(NamedTuple):
     """A plan's tables on a device: the items of each launch, every token's partials; and an lse of no
     elements.
     """
@@ -43,9 +44,7 @@ class Tables(NamedTuple):
     no_lse: Tensor
 
 
-def run(
-    plan: WorkPlan, call: Call, tokens: Tokens | None = None, workspace: Workspace | None = None
-) -> AttentionState:
+def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionState:
     """Compute one planned call.
 
     Parameters
@@ -53,8 +52,6 @@ def run(
     plan, call
     tokens : Tokens, optional
         What `locate` returns, if it is known already.
-    workspace : Workspace, optional
-        Where partial results go; by default fresh memory.
 
     Returns
     -------
@@ -65,12 +62,13 @@ def run(
     _check_supported(call)
     q, heads, options = call.q, plan.heads, call.options
     tokens = locate(plan, call, kernels_clamp=True) if tokens is None else tokens
-    tables = tables_on(plan, q.device)
+    tables = _tables(plan, q.device)
     out = q.new_empty((*q.shape[:-1], heads.head_dim_v), dtype=options.out_dtype)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if options.return_lse else tables.no_lse
     if q.numel() == 0:
         return AttentionState(out, lse)
-    part_out, part_lse = workspace_on(plan, q.device) if workspace is None else workspace
+    workspace: _Workspace | None = plan.uploads.get(("workspace", q.device))
+    part_out, part_lse = _workspace(plan, q.device) if workspace is None else workspace
     sinks = part_lse if options.sinks is None else options.sinks
     attends, merges = _launchers(plan, call, tokens)
     any_ints = tables.merge_indptr  # stands for pointers that this call does not use
@@ -98,38 +96,39 @@ def run(
     return AttentionState(out, lse)
 
 
-def workspace_on(plan: WorkPlan, device: torch.device) -> Workspace:
-    """Return fresh memory for the partial results of `plan`."""
+def prepare(plan: WorkPlan, device: torch.device) -> None:
+    """Upload the plan's tables and give it memory of its own for partial results: runs must not overlap."""
+    _tables(plan, device)
+    plan.uploads["workspace", device] = _workspace(plan, device)
+
+
+def replace_tables(plan: WorkPlan, device: torch.device) -> None:
+    """Overwrite, on `device`, the tables of the plan before, whose `uploads` this one has."""
+    uploaded: Uploaded = plan.uploads["tables", device][0]
+    uploaded.replace(_table_arrays(plan))
+
+
+def _workspace(plan: WorkPlan, device: torch.device) -> _Workspace:
     rows, heads = plan.work.num_partials, plan.heads
     shape = (rows, heads.num_q_heads, heads.head_dim_v)
     part_out = torch.empty(shape, dtype=torch.float32, device=device)
-    return Workspace(part_out, torch.empty(shape[:-1], dtype=torch.float32, device=device))
+    return _Workspace(part_out, torch.empty(shape[:-1], dtype=torch.float32, device=device))
 
 
-def tables_on(plan: WorkPlan, device: torch.device) -> Tables:
+def _tables(plan: WorkPlan, device: torch.device) -> _Tables:
     """Return a plan's tables on `device`, uploaded in one copy the first time."""
-    found: Tables | None = plan.uploads.get(("tables", device))
+    found: tuple[Uploaded, _Tables] | None = plan.uploads.get(("tables", device))
     if found is None:
-        found = plan.uploads["tables", device] = _upload(plan, device)
-    return found
+        uploaded = Uploaded(_table_arrays(plan), device)
+        *items, indptr, indices = uploaded.parts
+        no_lse = torch.empty(0, dtype=torch.float32, device=device)
+        found = plan.uploads["tables", device] = (uploaded, _Tables(tuple(items), indptr, indices, no_lse))
+    return found[1]
 
 
-def _upload(plan: WorkPlan, device: torch.device) -> Tables:
-    arrays = [
-        *(launch.items for launch in plan.work.launches),
-        plan.work.merge_indptr,
-        plan.work.merge_indices,
-    ]
-    # each table begins at a multiple of 16 bytes, which makes for wider loads
-    sizes = [-(-array.size // 4) * 4 for array in arrays]
-    flat: NDArray[np.int32] = np.zeros(sum(sizes), np.int32)
-    for array, end, size in zip(arrays, np.cumsum(sizes), sizes, strict=True):
-        flat[end - size : end - size + array.size] = array.reshape(-1)
-    host = torch.from_numpy(flat)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    there = host.to(device, non_blocking=True).split(sizes)
-    return Tables(there[:-2], there[-2], there[-1], torch.empty(0, dtype=torch.float32, device=device))
+def _table_arrays(plan: WorkPlan) -> list[NDArray[np.int32]]:
+    work = plan.work
+    return [*(launch.items for launch in work.launches), work.merge_indptr, work.merge_indices]
 
 
 def _launchers(plan: WorkPlan, call: Call, tokens: Tokens) -> tuple[tuple[Launcher, ...], Launcher | None]:

@@ -50,8 +50,9 @@ def attend_block(
         PAGE_SIZE % (BLOCK_N // HEADS) == 0
     ):  # a step lies within one page: `start` is a multiple of the step
         page = clamp_page(tl.load(pages_ptr + start // PAGE_SIZE), num_pages)
-        k_ptrs += page * stride_kn + (start % PAGE_SIZE).to(tl.int64) * stride_kt
-        v_ptrs += page * stride_vn + (start % PAGE_SIZE).to(tl.int64) * stride_vt
+        within = tl.cast(start % PAGE_SIZE, tl.int64)
+        k_ptrs += page * stride_kn + within * stride_kt
+        v_ptrs += page * stride_vn + within * stride_vt
     else:
         if MASKED:
             page = tl.load(pages_ptr + offs_n // PAGE_SIZE, mask=in_range, other=0)

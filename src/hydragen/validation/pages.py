@@ -54,15 +54,7 @@ def check_page_table(
     Page numbers on the host are checked against `num_pages`; those on the device only if `validate`.
     """
     name = f"{prefix}page_indices"
-    if on_device(page_indices):
-        indices = _check_device(page_indices, name, device)
-        if validate:
-            _check_range(as_int_vector(indices.cpu(), name), name, num_pages)
-    else:
-        array = as_int_vector(page_indices, name)
-        _check_range(array, name, num_pages)
-        host = torch.from_numpy(array.astype(np.int32))
-        indices = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    indices = check_page_indices(page_indices, name, num_pages, device, validate)
     indptr = check_offsets(page_indptr, f"{prefix}page_indptr")
     if indptr[-1] != indices.numel():
         raise ValueError(
@@ -75,6 +67,21 @@ def check_page_table(
             f"{indptr[-1]} entries; make a pool with pages"
         )
     return indptr, indices
+
+
+def check_page_indices(
+    page_indices: object, name: str, num_pages: int, device: torch.device, validate: bool
+) -> Tensor:
+    """Return page numbers, int32 on `device`."""
+    if on_device(page_indices):
+        indices = _check_device(page_indices, name, device)
+        if validate:
+            _check_range(as_int_vector(indices.cpu(), name), name, num_pages)
+        return indices
+    array = as_int_vector(page_indices, name)
+    _check_range(array, name, num_pages)
+    host = torch.from_numpy(array.astype(np.int32))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _check_device(page_indices: Tensor, name: str, device: torch.device) -> Tensor:

@@ -57,11 +57,15 @@ def check_queries(q: Tensor, cu_seqlens_q: object, max_seqlen_q: object, validat
             f"{list(q.shape)}; leave cu_seqlens_q out for [batch, q_len, num_q_heads, head_dim]"
         )
     if on_device(cu_seqlens_q):
-        return _check_device_offsets(q, cu_seqlens_q, max_seqlen_q, validate)
+        rows = check_device_offsets(cu_seqlens_q, q.device, max_seqlen_q)
+        if validate:
+            cu = check_cu_seqlens(cu_seqlens_q.cpu(), "cu_seqlens_q", q.shape[0], "q")
+            _check_max(as_max(max_seqlen_q), np.diff(cu))
+        return rows
     cu = check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "q")
     lens = np.diff(cu)
     if max_seqlen_q is not None:
-        _check_max(_as_max(max_seqlen_q), lens)
+        _check_max(as_max(max_seqlen_q), lens)
     return Rows(cu[:-1], lens, None)
 
 
@@ -103,10 +107,11 @@ def _equal_rows(batch: int, q_len: int) -> Rows:
     return Rows(frozen(np.arange(batch) * q_len), frozen(np.full(batch, q_len)), None)
 
 
-def _check_device_offsets(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: object, validate: bool) -> Rows:
-    if cu_seqlens_q.device != q.device:
+def check_device_offsets(cu_seqlens_q: Tensor, device: torch.device, max_seqlen_q: object) -> Rows:
+    """Return rows of equal capacity; which tokens they hold is computed on the device."""
+    if cu_seqlens_q.device != device:
         raise ValueError(
-            f"cu_seqlens_q must be on the host or on the device of q, {q.device}, got {cu_seqlens_q.device}; "
+            f"cu_seqlens_q must be on the host or on the device of q, {device}, got {cu_seqlens_q.device}; "
             "move it with .to(device)"
         )
     if cu_seqlens_q.dtype not in (torch.int32, torch.int64):
@@ -123,22 +128,20 @@ def _check_device_offsets(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: object,
             "max_seqlen_q must be given when cu_seqlens_q lives on a device (it is not read back), got None; "
             "pass the most query tokens that any row can have"
         )
-    longest = _as_max(max_seqlen_q)
-    if validate:
-        cu = check_cu_seqlens(cu_seqlens_q.cpu(), "cu_seqlens_q", q.shape[0], "q")
-        _check_max(longest, np.diff(cu))
-    # Rows of equal capacity; which tokens they hold is computed on the device.
-    equal = _equal_rows(cu_seqlens_q.numel() - 1, longest)
+    equal = _equal_rows(cu_seqlens_q.numel() - 1, as_max(max_seqlen_q))
     return Rows(equal.starts, equal.lens, cu_seqlens_q)
 
 
-def _as_max(max_seqlen_q: object) -> int:
-    expected = "max_seqlen_q must be None or an integer of at least 0"
-    if isinstance(max_seqlen_q, bool) or not isinstance(max_seqlen_q, numbers.Integral):
-        raise TypeError(f"{expected}, got {shown(max_seqlen_q)}; pass the query tokens of the longest row")
-    if max_seqlen_q < 0:
-        raise ValueError(f"{expected}, got {max_seqlen_q}; pass the query tokens of the longest row")
-    return int(max_seqlen_q)
+def as_max(
+    value: object, name: str = "max_seqlen_q", meaning: str = "the query tokens of the longest row"
+) -> int:
+    """Return a count of tokens."""
+    expected = f"{name} must be an integer of at least 0"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{expected}, got {shown(value)}; pass {meaning}")
+    if value < 0:
+        raise ValueError(f"{expected}, got {value}; pass {meaning}")
+    return int(value)
 
 
 def _check_max(max_seqlen_q: int, lens: IntArray) -> None:

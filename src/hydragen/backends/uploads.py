@@ -1,0 +1,52 @@
+"""Tables of a plan on a device: uploaded in one copy, replaced in place in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hydragen.host_ints import IntArray
+
+
+class Uploaded:
+    """Vectors of integers on a device, int32, side by side in one tensor.
+
+    Parameters
+    ----------
+    arrays : integers, any shapes; they are flattened
+    device : where they go
+
+    Attributes
+    ----------
+    parts : int32 tensors, one per array; each begins at a multiple of 16 bytes, which makes for wider loads
+    """
+
+    def __init__(self, arrays: Sequence[IntArray | NDArray[np.int32]], device: torch.device) -> None:
+        self._sizes = tuple(array.size for array in arrays)
+        self._flat = self._pinned(arrays, device).to(device, non_blocking=True)
+        self.parts = tuple(
+            part[:size] for part, size in zip(self._flat.split(self._rounded()), self._sizes, strict=True)
+        )
+
+    def replace(self, arrays: Sequence[IntArray | NDArray[np.int32]]) -> None:
+        """Overwrite all vectors by others of the same sizes, in the order of the current stream."""
+        sizes = tuple(array.size for array in arrays)
+        if sizes != self._sizes:
+            raise ValueError(f"arrays must have the sizes {self._sizes}, got {sizes}; plan anew")
+        self._flat.copy_(self._pinned(arrays, self._flat.device), non_blocking=True)
+
+    def _rounded(self) -> list[int]:
+        return [-(-size // 4) * 4 for size in self._sizes]
+
+    def _pinned(self, arrays: Sequence[IntArray | NDArray[np.int32]], device: torch.device) -> Tensor:
+        """Return all arrays in one CPU tensor, from which copies to `device` do not make the host wait."""
+        rounded = self._rounded()
+        flat = np.zeros(sum(rounded), np.int32)
+        for array, end, room in zip(arrays, np.cumsum(rounded), rounded, strict=True):
+            flat[end - room : end - room + array.size] = array.reshape(-1)
+        host = torch.from_numpy(flat)
+        return host.pin_memory() if device.type == "cuda" else host

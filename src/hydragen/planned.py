@@ -1,0 +1,301 @@
+"""Plan: work laid out once, run by every layer, updated in place from step to step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hydragen.backends import Backend
+from hydragen.backends.tokens import Tokens, find_tokens, needs_positions, planned_lens, replace_constants
+from hydragen.capacity import Capacity, capacity_for, fitted
+from hydragen.explain import Explanation, explanation
+from hydragen.handles import new_handle
+from hydragen.kv import KV
+from hydragen.lengths import KVLens, check_kv_lens
+from hydragen.ops import implement_run, run_in_graph
+from hydragen.target import target_of
+from hydragen.tree import PrefixTree
+from hydragen.types import AttentionState
+from hydragen.validation import Call, check_options
+from hydragen.validation.planned import Planned, check_run, tables_of
+from hydragen.validation.update import (
+    check_new_lens,
+    check_new_offsets,
+    check_new_pages,
+    check_new_tree,
+)
+from hydragen.work import WorkPlan, make_work_plan
+
+
+class Plan:
+    """Attention over one structure, planned once: `run` it for every layer, `update` it from step to step.
+
+    Made by `hydragen.plan`. It owns its tables and the memory for partial results, so its runs follow one
+    another: run it on one stream at a time. A CUDA graph that captured a run reads them at every replay: keep
+    the plan as long as the graph.
+
+    Attributes
+    ----------
+    tree : PrefixTree
+        Who shares what, as planned or last updated.
+    """
+
+    def __init__(
+        self,
+        planned: Planned,
+        lens: KVLens,
+        backend: Backend,
+        batch_invariant: bool,
+        reserve: float,
+    ) -> None:
+        self._planned, self._backend = planned, backend
+        self._batch_invariant, self._reserve = batch_invariant, reserve
+        self._capacity: Capacity | None = None
+        self._lens_given = len(lens.on_device) > 0
+        self._work = self._make_work(planned, lens)
+        if reserve > 1:
+            self._capacity = capacity_for(self._work, reserve)
+            self._work = self._make_work(planned, lens)
+        self._pages = self._own_pages()
+        # kept at fixed addresses, for graphs: lengths, and what follows from them
+        self._kv_lens: Tensor | None = None
+        self._tokens: dict[bool, Tokens] = {}
+        backend.prepare(self._work, self._device)
+        self._set_lens(lens)
+        self.handle = new_handle(self)
+
+    @property
+    def tree(self) -> PrefixTree:
+        """Who shares what, as planned or last updated."""
+        return self._planned.tree
+
+    def run(
+        self,
+        q: Tensor,
+        kv: KV | tuple[Tensor, Tensor],
+        *,
+        scale: float | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor | AttentionState:
+        """Compute attention for one layer; nothing waits for the device.
+
+        Parameters
+        ----------
+        q : tensor [num_rows, q_len, num_q_heads, head_dim], or packed [total_q, num_q_heads, head_dim]
+            As planned for.
+        kv : list of levels, or a pair of tensors
+            The layer's keys and values, shaped as planned for: a list of pairs, or the pair (k, v) of packed
+            tensors or pools. The PackedKV or PagedKV of the plan itself will do as well.
+        scale, causal, window, softcap, sinks, return_lse, out_dtype
+            As in `attention`.
+
+        Returns
+        -------
+        tensor or AttentionState
+            As in `attention`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the tensors are not those that the plan was made for, or options are out of range.
+        """
+        arguments = (q, kv, scale, causal, window, softcap, sinks, return_lse, out_dtype)
+        if torch.compiler.is_compiling():
+            state = run_in_graph(self.handle, *arguments)
+        else:
+            state = self.state(*arguments)
+        return state if return_lse else state.out
+
+    def update(
+        self,
+        kv_lens: object = None,
+        *,
+        tree: PrefixTree | None = None,
+        kv: KV | None = None,
+        page_indices: object = None,
+        cu_seqlens_q: Tensor | None = None,
+        validate: bool = False,
+    ) -> None:
+        """Take over what has changed, in place: captured graphs see it. Once per step, for all layers.
+
+        Lengths, page numbers and offsets on the device are not read back: such an update waits for nothing
+        and can be captured. A new tree is laid out on the host and copied over; it must fit the `reserve`.
+
+        Parameters
+        ----------
+        kv_lens : optional
+            Tokens in use per node, in the form of `attention`'s `kv_lens`. On the device they are clamped to
+            the capacity; on the host, more is an error.
+        tree : PrefixTree, optional
+            Another structure with as many rows, whose queries keep their shape. A sequence that has finished
+            may end at a node without tokens.
+        kv : optional
+            Keys and values of any layer in the new layout: with a tree that has other nodes.
+        page_indices : integers, optional
+            Other page numbers in the same places.
+        cu_seqlens_q : tensor, optional
+            Other offsets on the device, if the plan was made with such.
+        validate : bool
+            Check what lives on the device as well; waits for it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If something does not fit the plan.
+        """
+        planned = self._planned
+        # all checks first: an update that raises has changed nothing
+        offsets = None if cu_seqlens_q is None else check_new_offsets(planned, cu_seqlens_q)
+        indices = None if page_indices is None else check_new_pages(planned, page_indices, validate)
+        if tree is not None or kv is not None:
+            if indices is not None:
+                raise ValueError(
+                    "page_indices must be left out where kv or tree changes, got both; "
+                    "pass them in kv=PagedKV(...)"
+                )
+            self._change_tree(planned.tree if tree is None else tree, kv, kv_lens, validate)
+        elif kv_lens is not None:
+            room = None if self._kv_lens is None else self._work.kv_lens
+            self._set_lens(check_new_lens(planned, room, kv_lens, validate))
+        if indices is not None:
+            self._set_pages(indices)
+        if offsets is not None and planned.rows.cu_seqlens_q is not None:
+            planned.rows.cu_seqlens_q.copy_(offsets)
+            self._refresh()
+
+    def explain(self) -> Explanation:
+        """Say what is batched, what is read with and without sharing, and which limit binds."""
+        return explanation(self._work)
+
+    @property
+    def by_level(self) -> bool:
+        """Whether keys and values come as a list of levels."""
+        return self._planned.nodes.by_level
+
+    def __repr__(self) -> str:
+        room = "" if self._capacity is None else f", room for {self._capacity.nodes} nodes"
+        return f"<Plan: {self.tree!r}{room}>"
+
+    @property
+    def _device(self) -> torch.device:
+        return self._planned.like.device
+
+    def state(
+        self, q: Tensor, kv: KV | tuple[Tensor, Tensor], scale: float | None, causal: bool,
+        window: int | None, softcap: float | None, sinks: Tensor | None, return_lse: bool,
+        out_dtype: torch.dtype | None,
+    ) -> AttentionState:  # fmt: skip
+        """`run`, which explains the arguments, outside of a graph, as (out, lse)."""
+        planned = self._planned
+        q, nodes = check_run(planned, q, kv)
+        if self._pages is not None and nodes.pages is not None:
+            nodes = nodes._replace(pages=nodes.pages._replace(indices=self._pages))
+        options = check_options(q, scale, causal, window, softcap, sinks, return_lse, out_dtype)
+        rows, heads = planned.rows, planned.heads
+        call = Call(
+            q, rows.starts, rows.lens, rows.cu_seqlens_q, nodes, planned.tree, KVLens(self._work.kv_lens),
+            heads, options,
+        )  # fmt: skip
+        masked = needs_positions(self._work, call)
+        tokens = self._tokens.get(masked)
+        if tokens is None:
+            tokens = self._tokens[masked] = self._find_tokens(masked)
+        return self._backend.run(self._work, call, tokens)
+
+    def _make_work(self, planned: Planned, lens: KVLens) -> WorkPlan:
+        capacity = self._capacity
+        work = make_work_plan(
+            planned.tree,
+            planned.nodes,
+            lens.planned,
+            self._lens_given or capacity is not None,
+            planned.rows.starts,
+            planned.rows.lens,
+            planned.heads,
+            target_of(self._device),
+            self._batch_invariant,
+            None if capacity is None else capacity.heads,
+        )
+        return work if capacity is None else fitted(work, capacity)
+
+    def _change_tree(self, tree: PrefixTree, kv: KV | None, kv_lens: object, validate: bool) -> None:
+        planned, device = self._planned, self._device
+        tree, nodes = check_new_tree(planned, self._capacity is not None, tree, kv, validate)
+        lens = check_kv_lens(kv_lens, tree, nodes, device, validate, may_grow=True)
+        tables = planned.tables if kv is None else tables_of(kv)
+        changed = planned._replace(tree=tree, nodes=nodes, tables=tables)
+        # these two raise if there is no room: nothing has changed until here
+        work = self._make_work(changed, lens)
+        if nodes.pages is not None:
+            self._set_pages(nodes.pages.indices)
+        work.uploads.update(self._work.uploads)
+        self._planned, self._work = changed, work
+        replace_constants(work, device)
+        self._backend.replace_tables(work, device)
+        self._set_lens(lens)
+
+    def _set_lens(self, lens: KVLens) -> None:
+        work, device = self._work, self._device
+        if not work.lens_on_device:
+            return
+        planned = planned_lens(work, device)
+        same = bool((lens.planned == work.kv_lens).all())
+        given = planned if same else planned.clone()
+        if not same:
+            host = torch.from_numpy(lens.planned).to(torch.int32)
+            given[: host.numel()].copy_(
+                host.pin_memory() if device.type == "cuda" else host, non_blocking=True
+            )
+        clamped = lens.clamped(given, work.uploads)
+        self._kv_lens = clamped if self._kv_lens is None else self._kv_lens.copy_(clamped)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Compute positions anew, into the memory that captured graphs know."""
+        for masked, old in list(self._tokens.items()):
+            new = self._find_tokens(masked)
+            for there, value in zip(old, new, strict=True):
+                if there is not None and value is not None and there is not value:
+                    there.copy_(value)
+
+    def _find_tokens(self, masked: bool) -> Tokens:
+        rows, total = self._planned.rows, self._planned.q_shape[0]
+        return find_tokens(self._work, self._kv_lens, rows.cu_seqlens_q, total, masked, self._device)
+
+    def _own_pages(self) -> Tensor | None:
+        pages = self._planned.nodes.pages
+        if pages is None:
+            return None
+        entries = pages.indices.numel()
+        own = pages.indices.new_zeros(math.ceil(self._reserve * entries))
+        own[:entries].copy_(pages.indices)
+        return own
+
+    def _set_pages(self, indices: Tensor) -> None:
+        if self._pages is None or indices.numel() > self._pages.numel():
+            room = 0 if self._pages is None else self._pages.numel()
+            raise ValueError(
+                f"kv must fit the plan's page table of {room} entries, got {indices.numel()}; "
+                "plan with a larger reserve"
+            )
+        self._pages[: indices.numel()].copy_(indices)
+
+
+@implement_run
+def _run_plan(
+    plan: object, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], scale: float | None, causal: bool,
+    window: int | None, softcap: float | None, sinks: Tensor | None, return_lse: bool,
+    out_dtype: torch.dtype | None,
+) -> AttentionState:  # fmt: skip
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be the handle of a Plan, got that of {type(plan).__name__}")
+    kv = list(zip(k, v, strict=True)) if plan.by_level else (k[0], v[0])
+    return plan.state(q, kv, scale, causal, window, softcap, sinks, return_lse, out_dtype)

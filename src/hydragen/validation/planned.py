@@ -1,0 +1,224 @@
+"""Argument errors of `hydragen.plan` and of the runs of a plan."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydragen.host_ints import IntArray, as_positive_int, frozen
+from hydragen.kv import KV, NodeKV, PackedKV, PagedKV, strides_of
+from hydragen.lengths import on_device
+from hydragen.queries import Heads
+from hydragen.tree import PrefixTree
+from hydragen.validation.kv import check_kv
+from hydragen.validation.queries import Rows, as_max, check_device_offsets, check_offsets
+from hydragen.validation.tensors import check_tensor, kind, shown
+
+
+class Planned(NamedTuple):
+    """What a plan is made for, checked.
+
+    Attributes
+    ----------
+    tree : PrefixTree
+    nodes : NodeKV
+    heads : Heads
+    q_shape : tuple of int
+        Of the q of every run.
+    rows : Rows
+    like : tensor without elements, of the dtype and on the device of every run
+    tables : tuple of object
+        What the caller gave as offsets and page tables; a run may name them again.
+    """
+
+    tree: PrefixTree
+    nodes: NodeKV
+    heads: Heads
+    q_shape: tuple[int, ...]
+    rows: Rows
+    like: Tensor
+    tables: tuple[object, ...]
+
+
+def check_plan(
+    tree: object, kv: KV, num_q_heads: object, q_len: object, cu_seqlens_q: object, max_seqlen_q: object,
+    total_q: object, validate: bool,
+) -> Planned:  # fmt: skip
+    """Check the arguments of `hydragen.plan`, explained there, but the lengths."""
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(
+            f"tree must be a hydragen.PrefixTree, got {kind(tree)}; make one with PrefixTree.from_parents, "
+            "from_levels or from_token_ids"
+        )
+    first = check_tensor(_first_keys(kv), "kv's first k")
+    num_heads = as_positive_int(num_q_heads, "num_q_heads")
+    rows, leading = _check_rows(tree.num_rows, q_len, cu_seqlens_q, max_seqlen_q, total_q, first.device)
+    head_dim = first.shape[-1] if first.dim() else 0
+    like = first.new_empty((0, num_heads, head_dim))
+    _, nodes, heads = check_kv(kv, tree, tree.num_rows, like, validate)
+    return Planned(tree, nodes, heads, (*leading, num_heads, head_dim), rows, like, tables_of(kv))
+
+
+def _first_keys(kv: object) -> object:
+    if isinstance(kv, PackedKV):
+        return kv.k
+    if isinstance(kv, PagedKV):
+        return kv.k_cache
+    if isinstance(kv, Sequence) and not isinstance(kv, str) and kv:
+        return _first_keys(kv[0]) if not isinstance(kv[0], Tensor) else kv[0]
+    raise TypeError(
+        "kv must be a list of levels [(k, v), ...], a hydragen.PackedKV or a hydragen.PagedKV, got "
+        f"{kind(kv)}; give the keys and values of any layer"
+    )
+
+
+def tables_of(kv: KV) -> tuple[object, ...]:
+    """Return what the caller gave as offsets and page tables."""
+    if isinstance(kv, PagedKV):
+        return (kv.page_indptr, kv.page_indices)
+    if isinstance(kv, PackedKV):
+        return (kv.cu_seqlens_k,)
+    return tuple(level.cu_seqlens_k if isinstance(level, PackedKV) else None for level in kv)
+
+
+def _check_rows(
+    num_rows: int, q_len: object, cu_seqlens_q: object, max_seqlen_q: object, total_q: object,
+    device: torch.device,
+) -> tuple[Rows, tuple[int, ...]]:  # fmt: skip
+    """Return where the rows' queries are, and the leading sizes of q."""
+    if cu_seqlens_q is None:
+        for name, value in (("max_seqlen_q", max_seqlen_q), ("total_q", total_q)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} must come with cu_seqlens_q, got {shown(value)} alone; leave it out"
+                )
+        count = as_positive_int(1 if q_len is None else q_len, "q_len")
+        starts, lens = frozen(np.arange(num_rows) * count), frozen(np.full(num_rows, count))
+        return Rows(starts, lens, None), (num_rows, count)
+    if q_len is not None:
+        raise ValueError(
+            f"q_len must be left out when cu_seqlens_q is given, got {shown(q_len)}; offsets say it all"
+        )
+    if on_device(cu_seqlens_q):
+        rows = check_device_offsets(cu_seqlens_q, device, max_seqlen_q)
+        rows = rows._replace(cu_seqlens_q=cu_seqlens_q.clone())  # a plan's own, for updates in place
+        tokens = as_max(total_q, "total_q", "the number of tokens in packed q")
+        _check_count(rows.lens, num_rows)
+        return rows, (tokens,)
+    cu = check_offsets(cu_seqlens_q, "cu_seqlens_q")
+    lens = np.diff(cu)
+    _check_count(lens, num_rows)
+    longest = int(lens.max(initial=0))
+    if max_seqlen_q is not None and as_max(max_seqlen_q) < longest:
+        raise ValueError(
+            f"max_seqlen_q must be at least the query tokens of the longest row, {longest}, got "
+            f"{max_seqlen_q}; raise it"
+        )
+    if total_q is not None and total_q != cu[-1]:
+        raise ValueError(
+            f"total_q must be the last of cu_seqlens_q, {cu[-1]}, got {shown(total_q)}; leave it out"
+        )
+    return Rows(cu[:-1], frozen(lens), None), (int(cu[-1]),)
+
+
+def _check_count(lens: IntArray, num_rows: int) -> None:
+    if lens.size != num_rows:
+        raise ValueError(
+            f"cu_seqlens_q must have one offset per row of the tree and the end, {num_rows} + 1, got "
+            f"{lens.size + 1}; rows without queries count too"
+        )
+
+
+def check_reserve(reserve: object) -> float:
+    """Return how many times its tables a plan has room for: a finite number of at least 1."""
+    expected = "reserve must be a finite number of at least 1"
+    if isinstance(reserve, bool) or not isinstance(reserve, numbers.Real):
+        raise TypeError(f"{expected}, got {shown(reserve)}; 2.0 leaves room for twice the work")
+    number = float(reserve)
+    if not (math.isfinite(number) and number >= 1):
+        raise ValueError(f"{expected}, got {number}; 2.0 leaves room for twice the work")
+    return number
+
+
+def check_run(planned: Planned, q: object, kv: KV | tuple[Tensor, Tensor]) -> tuple[Tensor, NodeKV]:
+    """Return q and the keys and values of one run if they are what was planned for."""
+    like = planned.like
+    q = check_tensor(q, "q")
+    if q.dtype is not like.dtype:
+        raise TypeError(
+            f"q must have the dtype that the plan was made for, {like.dtype}, got {q.dtype}; "
+            "convert it with .to(dtype), or plan with kv of another dtype"
+        )
+    if q.device != like.device:
+        raise ValueError(
+            f"q must be on the device that the plan was made for, {like.device}, got {q.device}; "
+            "move it with .to(device), or plan there"
+        )
+    if q.shape != planned.q_shape:
+        raise ValueError(
+            f"q must have the shape that the plan was made for, {list(planned.q_shape)}, got {list(q.shape)};"
+            " plan for this one"
+        )
+    nodes = planned.nodes
+    tensors = _tensors(kv, planned)
+    ks, vs = [], []
+    for i, (k, v) in enumerate(tensors):
+        where = "kv" if len(tensors) == 1 and not nodes.by_level else f"kv[{i}]"
+        ks.append(_check_like(k, nodes.k[i], f"{where} k", like))
+        vs.append(_check_like(v, nodes.v[i], f"{where} v", like))
+    return q, nodes._replace(
+        k=tuple(ks),
+        v=tuple(vs),
+        k_strides=tuple([strides_of(k) for k in ks]),
+        v_strides=tuple([strides_of(v) for v in vs]),
+    )
+
+
+def _tensors(kv: KV | tuple[Tensor, Tensor], planned: Planned) -> list[tuple[object, object]]:
+    """Return the pair of keys and values of each level."""
+    nodes = planned.nodes
+    if isinstance(kv, (PackedKV, PagedKV)):
+        if any(x is not y for x, y in zip(tables_of(kv), planned.tables, strict=False)):
+            raise ValueError(
+                "kv must have the offsets and page table that the plan was made for, got others; pass the "
+                "pair (k, v) alone, and what changed to Plan.update"
+            )
+        return [(kv.k, kv.v) if isinstance(kv, PackedKV) else (kv.k_cache, kv.v_cache)]
+    if isinstance(kv, str) or not isinstance(kv, Sequence):
+        raise TypeError(f"kv must be as the plan was made for, tensors in pairs (k, v), got {kind(kv)}")
+    if not nodes.by_level:
+        if len(kv) != 2:
+            raise ValueError(
+                f"kv must be a pair (k, v) of the planned shapes, got {len(kv)} entries; "
+                "pass the tensors of one layer"
+            )
+        return [(kv[0], kv[1])]
+    if len(kv) != len(nodes.k):
+        raise ValueError(
+            f"kv must have the levels that the plan was made for, {len(nodes.k)}, got {len(kv)}; plan anew"
+        )
+    pairs: list[tuple[object, object]] = []
+    for i, level in enumerate(kv):
+        if isinstance(level, PackedKV):
+            pairs.append((level.k, level.v))
+        elif isinstance(level, Sequence) and not isinstance(level, str) and len(level) == 2:
+            pairs.append((level[0], level[1]))
+        else:
+            raise TypeError(f"kv[{i}] must be a pair (k, v), got {kind(level)}; pass [(k, v), ...]")
+    return pairs
+
+
+def _check_like(x: object, planned: Tensor, name: str, like: Tensor) -> Tensor:
+    tensor = check_tensor(x, name, like)
+    if tensor.shape != planned.shape:
+        raise ValueError(
+            f"{name} must have the shape that the plan was made for, {list(planned.shape)}, got "
+            f"{list(tensor.shape)}; plan for this one"
+        )
+    return tensor

@@ -1,0 +1,101 @@
+"""Argument errors of `Plan.update`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hydragen.host_ints import IntArray
+from hydragen.kv import KV, NodeKV
+from hydragen.lengths import KVLens, check_kv_lens
+from hydragen.tree import PrefixTree
+from hydragen.validation.kv import check_kv
+from hydragen.validation.pages import check_page_indices
+from hydragen.validation.planned import Planned
+from hydragen.validation.queries import check_device_offsets
+from hydragen.validation.tensors import kind, shown
+
+
+def check_new_lens(planned: Planned, room: IntArray | None, kv_lens: object, validate: bool) -> KVLens:
+    """Return lengths for which the plan has room, int64 [num_nodes]; those on the device are clamped.
+
+    `room` is None if the plan was made for fixed lengths.
+    """
+    if room is None:
+        raise ValueError(
+            "kv_lens must be left out of the update of a plan that was made for fixed lengths, got "
+            f"{kind(kv_lens)}; plan with kv_lens in tensors, or with reserve=2.0"
+        )
+    device = planned.like.device
+    lens = check_kv_lens(kv_lens, planned.tree, planned.nodes, device, validate, may_grow=True)
+    over = lens.planned > room
+    for nodes, _ in lens.on_device:
+        over[nodes] = False
+    if over.any():
+        at = int(over.argmax())
+        raise ValueError(
+            f"kv_lens must not exceed the lengths that the plan was made for, got {lens.planned[at]} for "
+            f"node {at}, planned for {room[at]}; plan for the capacity, with lengths in tensors"
+        )
+    return lens
+
+
+def check_new_tree(
+    planned: Planned, may_change: bool, tree: object, kv: KV | None, validate: bool
+) -> tuple[PrefixTree, NodeKV]:
+    """Return the new structure, and where its nodes' keys and values lie."""
+    if not may_change:
+        raise ValueError(
+            "tree and kv must stay as they are in a plan without reserve, got others; make the plan with "
+            "reserve=2.0, or another plan"
+        )
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(f"tree must be a hydragen.PrefixTree or None, got {kind(tree)}; leave it out")
+    before = planned.tree
+    if kv is None:
+        if tree.num_nodes != before.num_nodes or tree.num_rows != before.num_rows:
+            raise ValueError(
+                f"kv must be given with a tree of another size, got {tree!r} in place of {before!r}; pass "
+                "the keys and values of any layer in the new layout"
+            )
+        return tree, planned.nodes
+    _, nodes, heads = check_kv(kv, tree, before.num_rows, planned.like, validate)
+    if heads != planned.heads or len(nodes.k) != len(planned.nodes.k):
+        raise ValueError(
+            f"kv must have the heads and levels that the plan was made for, {planned.heads} and "
+            f"{len(planned.nodes.k)}, got {heads} and {len(nodes.k)}; plan anew"
+        )
+    return tree, nodes
+
+
+def check_new_pages(planned: Planned, page_indices: object, validate: bool) -> Tensor:
+    """Return page numbers for the places that the plan knows, int32 on the device."""
+    pages, device = planned.nodes.pages, planned.like.device
+    if pages is None:
+        raise ValueError(
+            "page_indices must be left out of the update of a plan without pages, got "
+            f"{kind(page_indices)}; plan with a PagedKV"
+        )
+    indices = check_page_indices(page_indices, "page_indices", pages.num_pages, device, validate)
+    if indices.shape != pages.indices.shape:
+        raise ValueError(
+            f"page_indices must have as many entries as the plan's, {pages.indices.numel()}, got "
+            f"{indices.numel()}; pass another layout as kv="
+        )
+    return indices
+
+
+def check_new_offsets(planned: Planned, cu_seqlens_q: object) -> Tensor:
+    """Return offsets of as many rows as planned."""
+    given = planned.rows.cu_seqlens_q
+    if given is None:
+        raise ValueError(
+            "cu_seqlens_q must be left out of the update of a plan that was made for offsets on the host, "
+            f"got {kind(cu_seqlens_q)}; plan with cu_seqlens_q on the device"
+        )
+    if not isinstance(cu_seqlens_q, Tensor) or cu_seqlens_q.shape != given.shape:
+        raise ValueError(
+            f"cu_seqlens_q must be a tensor of {given.numel()} offsets, as planned, got "
+            f"{shown(cu_seqlens_q)}; plan anew for other rows"
+        )
+    check_device_offsets(cu_seqlens_q, given.device, 0)
+    return cu_seqlens_q

@@ -1,0 +1,323 @@
+"""Plan once, run for every layer, update in place: equal to attention() at every step."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from pages import paged
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import hydragen
+from hydragen import AttentionState, PackedKV, PagedKV, PrefixTree
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+BATCH, PREFIX, ROOM = 5, 21, 9
+TREE = PrefixTree.from_levels([[PREFIX], [ROOM] * BATCH])
+LEVELS = [(1, PREFIX), (BATCH, ROOM)]
+Pair = tuple[Tensor, Tensor]
+
+
+def normal(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def layer(seed: int, device: torch.device) -> list[Pair]:
+    """Keys and values of one layer: a prefix, and room for suffixes."""
+    made = [normal(2, nodes, tokens, KV_HEADS, DIM, seed=seed, device=device) for nodes, tokens in LEVELS]
+    return [(kv[0], kv[1]) for kv in made]
+
+
+def queries(q_len: int = 1, seed: int = 9, device: torch.device | str = "cpu") -> Tensor:
+    return normal(BATCH, q_len, HEADS, DIM, seed=seed, device=device)
+
+
+def state(result: Tensor | AttentionState) -> AttentionState:
+    assert isinstance(result, AttentionState)
+    return result
+
+
+def same(found: Tensor | AttentionState, expected: Tensor | AttentionState) -> None:
+    """Equal bit for bit: the same work in the same tiles."""
+    for a, b in zip(state(found), state(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+def close(found: Tensor | AttentionState, expected: Tensor | AttentionState) -> None:
+    """Equal up to another order of the same float32 sums; the oracle judges attention() elsewhere."""
+    for a, b in zip(state(found), state(expected), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 6, "causal": True, "softcap": 2.0}])
+def test_every_layer_and_every_step(backend: str, device: torch.device, options: dict[str, Any]) -> None:
+    layers = [layer(seed, device) for seed in range(2)]
+    lens = torch.zeros(BATCH, dtype=torch.int32, device=device)
+    q_len = 2 if options else 1
+    plan = hydragen.plan(
+        TREE, layers[0], num_q_heads=HEADS, q_len=q_len, kv_lens=[None, lens], backend=backend
+    )
+    for step in range(3):
+        lens += torch.arange(BATCH, device=device).clamp(max=3)  # one of them never grows
+        plan.update(kv_lens=[None, lens])
+        for kv in layers:
+            q = queries(q_len, seed=step, device=device)
+            expected = hydragen.attention(
+                q, kv, tree=TREE, kv_lens=[None, lens], return_lse=True, backend=backend, **options
+            )
+            # the reference's matrix products are of other sizes where a length is not known beforehand
+            compare = same if backend == "triton" else close
+            compare(plan.run(q, kv, return_lse=True, **options), expected)
+
+
+def test_without_an_update_nothing_changes(backend: str, device: torch.device) -> None:
+    """A plan keeps its own lengths and page numbers: those of the caller may change at any time."""
+    kv, lens = layer(0, device), torch.full((BATCH,), 4, dtype=torch.int32, device=device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=[None, lens], backend=backend)
+    q = queries(device=device)
+    before = plan.run(q, kv, return_lse=True)
+    lens.fill_(1)
+    same(plan.run(q, kv, return_lse=True), before)
+    plan.update(kv_lens=[None, lens])
+    assert not torch.equal(state(plan.run(q, kv, return_lse=True)).lse, state(before).lse)
+
+
+def test_lengths_are_clamped_to_the_capacity(backend: str, device: torch.device) -> None:
+    kv = layer(0, device)
+    lens = torch.tensor([ROOM + 1000, -5, 3, 0, ROOM], device=device)
+    if device.type == "cpu":  # where looking costs nothing
+        with pytest.raises(ValueError, match=r"kv_lens\[1\] must not be negative"):
+            hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=[None, lens], backend=backend)
+        return
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=[None, lens], backend=backend)
+    q = queries(device=device)
+    right = torch.tensor([ROOM, 0, 3, 0, ROOM], device=device)
+    expected = hydragen.attention(q, kv, tree=TREE, kv_lens=[None, right], return_lse=True, backend=backend)
+    same(plan.run(q, kv, return_lse=True), expected)
+
+
+@pytest.mark.parametrize("page_size", [4, 64])
+def test_pages(page_size: int, backend: str, device: torch.device) -> None:
+    lens = [PREFIX, *[ROOM] * BATCH]
+    k, v = normal(2, sum(lens), KV_HEADS, DIM, device=device)
+    kv, moved = (paged(k, v, lens, page_size, seed=seed) for seed in (0, 1))
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, backend=backend)
+    q = queries(device=device)
+    offsets = torch.tensor([0, *lens]).cumsum(0)
+    expected = hydragen.attention(q, PackedKV(k, v, offsets), tree=TREE, return_lse=True, backend=backend)
+    same(plan.run(q, kv, return_lse=True), expected)
+    same(plan.run(q, (kv.k_cache, kv.v_cache), return_lse=True), expected)
+    plan.update(page_indices=moved.page_indices)
+    same(plan.run(q, (moved.k_cache, moved.v_cache), return_lse=True), expected)
+    with pytest.raises(ValueError, match="kv must have the offsets and page table that"):
+        plan.run(q, moved)
+
+
+def packed_layout(tree: PrefixTree, seed: int, device: torch.device) -> PackedKV:
+    assert tree.kv_lens is not None
+    k, v = normal(2, int(tree.kv_lens.sum()), KV_HEADS, DIM, seed=seed, device=device)
+    return PackedKV(k, v, tree.kv_offsets.copy())
+
+
+TREES = {
+    "other lengths": PrefixTree.from_levels([[30], [1, 2, 3, 4, 5]]),
+    "deeper": PrefixTree.from_parents([-1, 0, 0, 1, 1], [17, 5, 3, 2, 0], row_to_node=[3, 4, 2, 2, 0]),
+    "nothing shared": PrefixTree.from_parents([-1] * 5, [4, 5, 6, 7, 0]),
+    "several roots": PrefixTree.from_parents([-1, -1, 1, 0], [9, 40, 2, 1], row_to_node=[2, 0, 3, 3, 1]),
+    "all at one node": PrefixTree.from_parents([-1], [50], row_to_node=[0] * 5),
+}
+
+
+@pytest.mark.parametrize(("q_len", "options"), [(1, {}), (2, {"causal": True, "window": 8})])
+def test_the_tree_may_change_within_the_reserve(
+    q_len: int, options: dict[str, Any], backend: str, device: torch.device
+) -> None:
+    kv = packed_layout(TREE, 0, device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, q_len=q_len, backend=backend, reserve=3.0)
+    for seed, tree in enumerate(TREES.values()):
+        other = packed_layout(tree, seed, device)
+        plan.update(tree=tree, kv=other)
+        assert plan.tree is tree
+        q = queries(q_len, seed, device)
+        expected = hydragen.attention(q, other, tree=tree, return_lse=True, backend=backend, **options)
+        close(plan.run(q, other, return_lse=True, **options), expected)
+
+
+def test_a_tree_may_change_together_with_pages(backend: str, device: torch.device) -> None:
+    kv = paged(*normal(2, PREFIX + ROOM * BATCH, KV_HEADS, DIM, device=device), [PREFIX, *[ROOM] * BATCH], 4)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, backend=backend, reserve=2.0)
+    tree = TREES["deeper"]
+    assert tree.kv_lens is not None
+    lens = tree.kv_lens.tolist()
+    other = paged(*normal(2, sum(lens), KV_HEADS, DIM, seed=1, device=device), lens, 4, seed=1)
+    pool = PagedKV(
+        torch.cat([other.k_cache, kv.k_cache])[: kv.k_cache.shape[0]],
+        torch.cat([other.v_cache, kv.v_cache])[: kv.v_cache.shape[0]],
+        other.page_indptr,
+        other.page_indices,
+    )
+    plan.update(lens, tree=tree, kv=pool)
+    q = queries(device=device)
+    expected = hydragen.attention(q, pool, tree=tree, kv_lens=lens, return_lse=True, backend=backend)
+    close(plan.run(q, pool, return_lse=True), expected)
+
+
+def test_what_does_not_fit_the_reserve_changes_nothing(backend: str, device: torch.device) -> None:
+    kv = packed_layout(TREE, 0, device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, backend=backend, reserve=1.5)
+    q = queries(device=device)
+    before = plan.run(q, kv, return_lse=True)
+    deep = PrefixTree.from_parents([-1, *range(59)], [3] * 60, row_to_node=[59] * 5)
+    with pytest.raises(ValueError, match=r"tree must fit the plan's capacity.*reserve"):
+        plan.update(tree=deep, kv=packed_layout(deep, 1, device))
+    same(plan.run(q, kv, return_lse=True), before)
+    assert plan.tree is TREE
+
+
+def test_packed_queries(backend: str, device: torch.device) -> None:
+    kv = packed_layout(TREE, 0, device)
+    offsets = [0, 2, 2, 3, 6, 7]
+    q = normal(7, HEADS, DIM, device=device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, cu_seqlens_q=offsets, backend=backend)
+    expected = hydragen.attention(
+        q, kv, tree=TREE, cu_seqlens_q=offsets, causal=True, return_lse=True, backend=backend
+    )
+    same(plan.run(q, kv, causal=True, return_lse=True), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.triton
+def test_offsets_on_the_device() -> None:
+    device = torch.device("cuda")
+    kv, total = packed_layout(TREE, 0, device), 7
+    q = normal(total, HEADS, DIM, device=device)
+    first, second = (torch.tensor(cu, device=device) for cu in ([0, 2, 2, 3, 6, 7], [0, 0, 3, 4, 5, 7]))
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, cu_seqlens_q=first, max_seqlen_q=3, total_q=total)
+    for offsets in (first, second):
+        plan.update(cu_seqlens_q=offsets)
+        expected = hydragen.attention(
+            q, kv, tree=TREE, cu_seqlens_q=offsets, max_seqlen_q=3, causal=True, return_lse=True
+        )
+        same(plan.run(q, kv, causal=True, return_lse=True), expected)
+
+
+def test_batch_invariant_plans(backend: str, device: torch.device) -> None:
+    kv, q = layer(0, device), queries(device=device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, backend=backend, batch_invariant=True)
+    expected = hydragen.attention(q, kv, tree=TREE, return_lse=True, backend=backend, batch_invariant=True)
+    same(plan.run(q, kv, return_lse=True), expected)
+
+
+def test_compiled_without_recompilation() -> None:
+    kv = layer(0, torch.device("cpu"))
+    lens = torch.full((BATCH,), 2)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=[None, lens])
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(q: Tensor, kv: list[Pair]) -> Tensor:
+        out = plan.run(q * 2, kv, causal=True)
+        assert isinstance(out, Tensor)
+        return out + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for length in (3, 5, 9):
+        plan.update(kv_lens=[None, torch.full((BATCH,), length)])
+        q = queries(seed=length)
+        assert torch.equal(compiled(q, kv), step(q, kv))
+    assert counter.frame_count == 1
+
+
+def test_explain_says_what_the_plan_does() -> None:
+    tree = PrefixTree.from_levels([[512], [16] * 64])
+    k, v = torch.zeros(2, int(tree.kv_lens.sum()), 2, 64, dtype=torch.bfloat16)
+    plan = hydragen.plan(tree, PackedKV(k, v, tree.kv_offsets), num_q_heads=8)
+    explanation = plan.explain()
+    assert explanation.bytes == (512 + 64 * 16) * 2 * 128 * 2
+    assert explanation.bytes_unshared == 64 * (512 + 16) * 2 * 128 * 2
+    assert [cost.count for cost in explanation.segments] == [1, 64]
+    assert "6 nodes" in repr(hydragen.plan(TREE, packed_layout(TREE, 0, torch.device("cpu")), num_q_heads=4))
+
+
+def names(cases: list[tuple[Any, ...]]) -> list[str]:
+    return [case[0] for case in cases]
+
+
+KV: Any = [(torch.zeros(1, 3, 2, 8),) * 2, (torch.zeros(2, 4, 2, 8),) * 2]
+SMALL = PrefixTree.from_levels([[3], [4, 4]])
+RIGHT: dict[str, Any] = {"tree": SMALL, "kv": KV, "num_q_heads": 4}
+WRONG_PLANS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("no tree", {"tree": None}, TypeError, "tree must be a hydragen.PrefixTree, got None"),
+    ("kv", {"kv": 3}, TypeError, "kv must be a list of levels"),
+    ("heads", {"num_q_heads": 3}, ValueError, "num_q_heads"),
+    ("no heads", {"num_q_heads": 0}, ValueError, "num_q_heads must be an integer of at least 1, got 0"),
+    ("q_len", {"q_len": 0}, ValueError, "q_len must be an integer of at least 1, got 0"),
+    ("both", {"q_len": 1, "cu_seqlens_q": [0, 1, 2]}, ValueError, "q_len must be left out"),
+    ("rows", {"cu_seqlens_q": [0, 1]}, ValueError, "cu_seqlens_q must have one offset per row"),
+    ("total", {"total_q": 3}, ValueError, "total_q must come with cu_seqlens_q"),
+    ("max", {"cu_seqlens_q": [0, 3, 4], "max_seqlen_q": 2}, ValueError, "max_seqlen_q must be at least"),
+    ("reserve", {"reserve": 0.5}, ValueError, "reserve must be a finite number of at least 1, got 0.5"),
+    ("reserve nan", {"reserve": float("nan")}, ValueError, "reserve must be a finite number"),
+    ("reserve type", {"reserve": "2"}, TypeError, "reserve must be a finite number of at least 1"),
+    ("backend", {"backend": "cuda"}, ValueError, "backend must be one of"),
+    ("lens", {"kv_lens": [None, [4, 5]]}, ValueError, "kv_lens[1] must not exceed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), [w[1:] for w in WRONG_PLANS], ids=[w[0] for w in WRONG_PLANS]
+)
+def test_wrong_plans_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        hydragen.plan(**{**RIGHT, **changes})
+
+
+Q = torch.zeros(2, 1, 4, 8)
+WRONG_RUNS: list[tuple[str, tuple[Any, Any], type[Exception], str]] = [
+    ("q shape", (Q[:1], KV), ValueError, "q must have the shape that the plan was made for, [2, 1, 4, 8]"),
+    ("q dtype", (Q.half(), KV), TypeError, "q must have the dtype that the plan was made for"),
+    ("q", (None, KV), TypeError, "q must be a torch.Tensor, got None"),
+    ("levels", (Q, KV[:1]), ValueError, "kv must have the levels that the plan was made for, 2, got 1"),
+    ("kv", (Q, 7), TypeError, "kv must be as the plan was made for"),
+    ("pair", (Q, [KV[0], 7]), TypeError, "kv[1] must be a pair (k, v), got int"),
+    ("shape", (Q, [KV[0], KV[0]]), ValueError, "kv[1] k must have the shape that the plan was made for"),
+    ("dtype", (Q, [KV[0], (KV[1][0].half(),) * 2]), TypeError, "kv[1] k must have the dtype of q"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), [w[1:] for w in WRONG_RUNS], ids=[w[0] for w in WRONG_RUNS]
+)
+def test_wrong_runs_are_refused(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        hydragen.plan(**RIGHT).run(*arguments)
+
+
+def test_options_belong_to_the_run() -> None:
+    plan = hydragen.plan(**RIGHT)
+    for options, message in (
+        ({"window": 0}, "window"),
+        ({"scale": float("nan")}, "scale"),
+        ({"out_dtype": 3}, "out_dtype"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            plan.run(Q, KV, **options)
+
+
+def test_wrong_updates_are_refused() -> None:
+    fixed = hydragen.plan(**RIGHT)
+    roomy = hydragen.plan(**RIGHT, reserve=2.0)
+    other = PrefixTree.from_levels([[3], [4, 4, 4]])
+    for plan, update, message in (
+        (fixed, {"kv_lens": [None, [1, 2]]}, "plan that was made for fixed lengths"),
+        (fixed, {"tree": SMALL}, "plan without reserve"),
+        (fixed, {"page_indices": [1]}, "plan without pages"),
+        (fixed, {"cu_seqlens_q": torch.zeros(3)}, "plan that was made for offsets on the host"),
+        (roomy, {"tree": other}, "kv must be given with a tree of another size"),
+        (roomy, {"tree": 5}, "tree must be a hydragen.PrefixTree or None, got int"),
+        (roomy, {"kv_lens": [None, [1, 9]]}, "must not exceed"),
+        (roomy, {"kv": [(x[..., :4], x[..., :4]) for x, _ in KV]}, "kv"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            plan.update(**update)
