@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from judged import attend, check
@@ -249,3 +250,40 @@ def test_auto_is_the_backend_of_the_device(device: torch.device) -> None:
     got = attend(BASE, "auto", device)
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
+
+
+def test_lengths_given_go_before_those_of_the_tree(backend: str, device: torch.device) -> None:
+    tree = hydragen.PrefixTree.from_levels([[20], [4, 4]])
+    q, (k, v) = torch.ones(2, 1, 2, 16, device=device), torch.randn(2, 28, 1, 16).to(device)
+    kv = hydragen.PackedKV(k, v, [0, 20, 24, 28])
+    given = hydragen.attention(q, kv, tree=tree, kv_lens=[7, 1, 4], backend=backend)
+    known = hydragen.PrefixTree.from_parents([-1, 0, 0], [7, 1, 4])
+    assert torch.equal(given, hydragen.attention(q, kv, tree=known, backend=backend))
+    assert not torch.equal(given, hydragen.attention(q, kv, tree=tree, backend=backend))
+
+
+def test_the_callers_offsets_stay_writable(backend: str, device: torch.device) -> None:
+    offsets = np.array([0, 2, 5])
+    q, (k, v) = torch.ones(5, 2, 16, device=device), torch.randn(2, 5, 1, 16).to(device)
+    kv = hydragen.PackedKV(k, v, offsets)
+    hydragen.attention(q, kv, cu_seqlens_q=offsets, backend=backend)
+    offsets[1] = 3  # raises if it has been made read-only
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-40, -1e-60, 0.0])
+def test_a_scale_that_float32_does_not_know(scale: float, backend: str, device: torch.device) -> None:
+    q, (k, v) = torch.ones(1, 1, 2, 16, device=device), torch.randn(2, 1, 21, 1, 16).to(device)
+    out = hydragen.attention(q, [(k, v)], scale=scale, backend=backend)
+    torch.testing.assert_close(out[0, 0], v[0].mean(0).expand(2, 16))
+
+
+def test_no_query_at_all(backend: str, device: torch.device) -> None:
+    q, (k, v) = torch.ones(0, 1, 2, 16, device=device), torch.randn(2, 1, 21, 1, 16).to(device)
+    for batch_invariant in (False, True):
+        out = hydragen.attention(q, [(k, v)], batch_invariant=batch_invariant, backend=backend)
+        assert out.shape == q.shape
+        kv = hydragen.PackedKV(k[0, :4], v[0, :4], [0, 4, 4])
+        packed = hydragen.attention(
+            q[:, 0], kv, cu_seqlens_q=[0, 0, 0], batch_invariant=batch_invariant, backend=backend
+        )
+        assert packed.shape == (0, 2, 16)

@@ -5,6 +5,7 @@ serves a GPU runs in the interpreter and in the reference as well.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import hydragen
 from hydragen import api, lengths
 from hydragen.testing import Problem, assert_within_budget, view
+from hydragen.testing.bounds import checked_accesses
 from hydragen.validation import queries
 
 PROBLEM = Problem(
@@ -200,3 +202,39 @@ def test_wrong_lengths_on_the_device(
     }
     with pytest.raises(error, match=f"^{message}"):
         attend(PROBLEM, "reference", device, **{**right, **there})
+
+
+MASKS = [{"window": 9}, {"causal": True}, {"causal": True, "window": 2}]
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+def test_tiles_without_a_single_query(options: dict[str, Any], backend: str, device: torch.device) -> None:
+    """8 rows of 40 have a query: the positions of the others, infinities, must not overflow."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    q, prefix, suffix = normal(8, 1, 16), normal(2, 1, 70, 1, 16), normal(2, 40, 4, 1, 16)
+    kv = [tuple(prefix), tuple(suffix)]
+    offsets = on(device, [0, *range(1, 9), *[8] * 32])
+    with checked_accesses() if backend == "triton" and device.type == "cpu" else nullcontext():
+        out = hydragen.attention(q, kv, cu_seqlens_q=offsets, max_seqlen_q=1, backend=backend, **options)
+    filled = [tuple(prefix), tuple(x[:8] for x in suffix)]
+    expected = hydragen.attention(q[:, None], filled, backend=backend, **options)
+    torch.testing.assert_close(out, expected[:, 0])
+
+
+def test_scattered_nodes_are_clamped(backend: str, device: torch.device) -> None:
+    problem = replace(PROBLEM, parents=(-1, 0, -1, 1, 2), kv_lens=(9, 0, 17, 3, 2), row_to_node=(3, 4, 2, 1))
+    kv_lens = [on(device, [9, 17]), on(device, [-5, 2]), None]
+    check(problem, backend, device, layout="levels", kv_lens=kv_lens, cu_seqlens_q=[0, 3, 4, 6, 7])
+
+
+def test_lengths_on_the_device_have_a_plan_of_their_own(backend: str, device: torch.device) -> None:
+    """First full lengths on the host, then the same capacities with lengths on the device."""
+    q, (k, v) = torch.ones(2, 1, 2, 16, device=device), torch.randn(2, 2, 30, 1, 16).to(device)
+    full = hydragen.attention(q, [(k, v)], kv_lens=[[30, 30]], backend=backend)
+    short = hydragen.attention(q, [(k, v)], kv_lens=[on(device, [3, 30])], backend=backend)
+    assert not torch.equal(full[0], short[0])
+    torch.testing.assert_close(full[1], short[1])

@@ -162,3 +162,32 @@ def test_triton_refuses_gradients(device: torch.device) -> None:
             assert attend().shape == (2, 1, 2, 16)
         tensors[name].requires_grad_(False)
     assert not attend().requires_grad
+
+
+def test_inference_mode_leaves_nothing_that_stops_a_backward_pass() -> None:
+    q, (k, v) = torch.randn(1, 3, 2, 8), torch.randn(2, 1, 9, 2, 8)
+    with torch.inference_mode():
+        hydragen.attention(q, [(k, v)], window=3)
+    hydragen.attention(q.requires_grad_(), [(k, v)], window=3).sum().backward()
+    assert q.grad is not None
+
+
+def test_nothing_to_attend_has_gradients_of_zero() -> None:
+    q = torch.randn(2, 1, 2, 8, requires_grad=True)
+    v = torch.randn(2, 0, 2, 8, requires_grad=True)
+    hydragen.attention(q, [(v.detach(), v)]).sum().backward()
+    assert q.grad is not None
+    assert not q.grad.any()
+    assert v.grad is not None
+
+
+def test_autocast_around_the_backward_pass_changes_nothing() -> None:
+    q, (k, v) = torch.randn(2, 5, 4, 16), torch.randn(2, 2, 30, 2, 16)
+    grads = []
+    for enabled in (False, True):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            hydragen.attention(inputs[0], [(inputs[1], inputs[2])]).sum().backward()
+        grads.append([x.grad for x in inputs])
+    for plain, autocast in zip(*grads, strict=True):
+        assert torch.equal(plain, autocast)

@@ -39,11 +39,11 @@ def assert_is_dense(state, q, k, v, kv_lens, tolerance=1e-13, **options):
         )
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[16, 2], ids=["tiles of segments", "tiles of queries"])
+def small_tiles(request, monkeypatch):
     """Many tiles along every axis, with borders in the middle of things."""
     monkeypatch.setattr(segment, "KEYS_PER_CHUNK", 3)
-    monkeypatch.setattr(segment, "CPU_TILE", 3 * 2 * 16)
+    monkeypatch.setattr(segment, "CPU_TILE", 3 * 2 * request.param)
     monkeypatch.setattr(segment, "MIN_QUERY_ROWS", 4)
 
 

@@ -76,10 +76,10 @@ CASES: list[Case] = [
     ("sinks-per-kv-head", two_levels(sinks=zeros(2)), ValueError, "sinks must have shape [num_q_heads] = [4]", "got [2]", "one logit per head"),
     # heads
     ("head-dims", two_levels(q=zeros(4, 2, 4, 16)), ValueError, "kv must have keys with the head_dim of q, 16", "got 8", "must agree"),
-    ("heads-do-not-divide", two_levels(q=zeros(4, 2, 3, 8)), ValueError, "q must have a positive multiple of kv's num_kv_heads", "got 3 query heads for 2 KV heads", "repeat or drop heads"),
-    ("fewer-q-heads", two_levels(q=zeros(4, 2, 1, 8)), ValueError, "q must have a positive multiple", "got 1 query heads for 2 KV heads", "repeat or drop"),
-    ("no-q-heads", two_levels(q=zeros(4, 2, 0, 8)), ValueError, "q must have a positive multiple", "got 0 query heads for 2", "repeat or drop"),
-    ("no-kv-heads", two_levels(kv=[(keys(4, heads=0), keys(4, heads=0))]), ValueError, "q must have a positive multiple", "got 4 query heads for 0", "repeat or drop"),
+    ("heads-do-not-divide", two_levels(q=zeros(4, 2, 3, 8)), ValueError, "q must have a positive multiple of kv's num_kv_heads", "got 3 query heads for 2 KV heads", "transpose(1, 2)"),
+    ("fewer-q-heads", two_levels(q=zeros(4, 2, 1, 8)), ValueError, "q must have a positive multiple", "got 1 query heads for 2 KV heads", "transpose(1, 2)"),
+    ("no-q-heads", two_levels(q=zeros(4, 2, 0, 8)), ValueError, "q must have a positive multiple", "got 0 query heads for 2", "transpose(1, 2)"),
+    ("no-kv-heads", two_levels(kv=[(keys(4, heads=0), keys(4, heads=0))]), ValueError, "q must have a positive multiple", "got 4 query heads for 0", "transpose(1, 2)"),
     ("head-dim-257", two_levels(q=zeros(4, 2, 4, 257), kv=[(keys(dim=257), keys())]), ValueError, "q must have head_dim from 1 to 256", "got 257", "not supported"),
     ("head-dim-0", two_levels(q=zeros(4, 2, 4, 0), kv=[(keys(dim=0), keys())]), ValueError, "q must have head_dim from 1 to 256", "got 0", "not supported"),
     ("head-dim-v-257", two_levels(kv=[(keys(), keys(dim=257))]), ValueError, "kv must have head_dim_v from 1 to 256", "got 257", "not supported"),
@@ -185,3 +185,11 @@ def test_triton_refuses_float64_by_name(device: torch.device) -> None:
     )
     with pytest.raises(TypeError, match=r"torch.float64.*reference"):
         hydragen.attention(q, [(k, k)], backend="triton")
+
+
+def test_offsets_whose_difference_passes_int64() -> None:
+    offsets = [0, 2**63 - 1, -2, 5]
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must not decrease, got 9223372036854775807 then -2"):
+        hydragen.attention(**packed(cu_seqlens_q=offsets))
+    with pytest.raises(ValueError, match=r"kv\.cu_seqlens_k must not decrease"):
+        hydragen.attention(**packed(kv=packed_kv(cu_seqlens_k=[0, 2**63 - 1, -2, 5, 5, 17])))

@@ -226,7 +226,7 @@ class _RecomputedTile(torch.autograd.Function):
         with torch.enable_grad(), _no_autocast(q):
             inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
             state = _attend_tile(*inputs, *positions, *ctx.options)
-        grads = torch.autograd.grad(state, inputs, grad_state, create_graph=create_graph)
+            grads = torch.autograd.grad(state, inputs, grad_state, create_graph=create_graph)
         return *grads, *[None] * (len(positions) + len(ctx.options))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hydragen.backends import choose_backend
 from hydragen.host_ints import IntArray
@@ -25,6 +27,7 @@ from hydragen.work import WorkPlan, make_work_plan
 # every step.
 _PLANS: OrderedDict[tuple[object, ...], WorkPlan] = OrderedDict()
 _MAX_PLANS = 128
+_LOCK = threading.Lock()
 # Plans in use by captured CUDA graphs: a graph reads their tables when it is replayed, at any later time.
 _CAPTURED: set[WorkPlan] = set()
 
@@ -123,7 +126,8 @@ def attention(
         q, kv, tree, kv_lens, cu_seqlens_q, max_seqlen_q, scale, causal, window, softcap, sinks, return_lse,
         out_dtype, backend, batch_invariant, validate,
     )  # fmt: skip
-    state = attention_in_graph(*arguments) if torch.compiler.is_compiling() else _attention(*arguments)
+    in_graph = torch.compiler.is_compiling() or isinstance(q, FakeTensor)
+    state = attention_in_graph(*arguments) if in_graph else _attention(*arguments)
     return state if return_lse else state.out
 
 
@@ -259,11 +263,11 @@ def _plan(call: Call, batch_invariant: bool) -> WorkPlan:
             target,
             batch_invariant,
         )
+    with _LOCK:
         _PLANS[key] = plan
+        _PLANS.move_to_end(key)
         if len(_PLANS) > _MAX_PLANS:
             _PLANS.popitem(last=False)
-    else:
-        _PLANS.move_to_end(key)
     if call.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _CAPTURED.add(plan)
     return plan

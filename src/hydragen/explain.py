@@ -11,7 +11,7 @@ from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target, target_of
 from hydragen.tree import PrefixTree
 from hydragen.tuning import Tile
-from hydragen.validation.explain import check_explain
+from hydragen.validation.explain import check_cuda, check_explain
 from hydragen.work import Segments, WorkPlan, find_segments
 
 
@@ -164,7 +164,7 @@ def explain(
     """
     dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
     lens = check_explain(tree, num_q_heads, num_kv_heads, *dims, dtype, q_len)
-    target = H200 if device is None else target_of(torch.device(device))
+    target = H200 if device is None else target_of(check_cuda(device))
     heads = Heads(num_q_heads, num_kv_heads, *dims, dtype.itemsize)
     queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, np.full(tree.num_rows, q_len))
     segments, tiles = find_segments(lens, queries, heads, target, batch_invariant=False)

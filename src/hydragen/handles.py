@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import weakref
 
-_numbers = itertools.count(1)
 _objects: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 
 
 def new_handle(thing: object) -> int:
     """Return a number by which `thing` can be found while it lives."""
-    handle = next(_numbers)
+    # random: a graph that was saved with the number must not find something else in another process
+    handle = secrets.randbits(62)
     _objects[handle] = thing
     return handle
 

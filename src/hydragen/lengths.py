@@ -65,7 +65,8 @@ class KVLens(NamedTuple):
             key = ("nodes", nodes.tobytes(), lens.device)
             index = uploads.get(key)
             if index is None:
-                index = uploads[key] = torch.from_numpy(nodes.copy()).to(lens.device)
+                with torch.inference_mode(False):  # it outlives the mode
+                    index = uploads[key] = torch.from_numpy(nodes.copy()).to(lens.device)
             lens.index_copy_(0, index, torch.minimum(given.clamp(min=0), lens[index]).to(torch.int32))
         return lens
 

@@ -116,8 +116,8 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 def _backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "hydragen.attention has no gradients inside torch.compile or torch.export yet; "
-        'call it outside the compiled region with backend="reference", or under torch.no_grad()'
+        "hydragen.attention has no gradients inside torch.compile or torch.export yet; call it under "
+        "torch.no_grad(), or leave it out of the graph: torch.compiler.disable(hydragen.attention)(...)"
     )
 
 
@@ -129,8 +129,15 @@ def attention_in_graph(
     scale: float | None, causal: bool, window: int | None, softcap: float | None, sinks: Tensor | None,
     return_lse: bool, out_dtype: torch.dtype | None, backend: str, batch_invariant: bool, validate: bool,
 ) -> AttentionState:  # fmt: skip
-    """Call the operator, in a form that torch.compile can trace."""
+    """Call the operator, in a form that torch.compile can trace.
+
+    What the operator's schema would convert in silence is refused here; the rest of the checks are its own.
+    """
+    _check_flags(causal=causal, return_lse=return_lse, batch_invariant=batch_invariant, validate=validate)
+    _check_numbers(scale=scale, window=window, softcap=softcap)
     by_level = not isinstance(kv, (PackedKV, PagedKV))
+    if by_level and (not isinstance(kv, Sequence) or len(kv) == 0):
+        raise TypeError("kv must be a list of levels [(k, v), ...], a PackedKV or a PagedKV")
     page_indices = _host_tensor(kv.page_indices) if isinstance(kv, PagedKV) else None
     k: list[Tensor] = []
     v: list[Tensor] = []
@@ -141,12 +148,16 @@ def attention_in_graph(
         elif isinstance(part, PagedKV):
             keys, values, offset = part.k_cache, part.v_cache, _host_tensor(part.page_indptr)
         else:
+            if not isinstance(part, (tuple, list)) or len(part) != 2:
+                raise TypeError(f"kv must hold pairs (k, v), one per level, got {type(part).__name__}")
             keys, values, offset = part[0], part[1], None
         k.append(keys)
         v.append(values)
         offsets.append(offset)
     lens: list[Tensor | None] = []
     if kv_lens is not None:
+        if by_level and (not isinstance(kv_lens, (tuple, list)) or len(kv_lens) != len(k)):
+            raise ValueError("kv_lens must be a list with an entry per level of kv, None or lengths")
         each = kv_lens if by_level else [kv_lens]
         lens = [None if x is None else _host_tensor(x) for x in each]
     out, lse = attention_op(
@@ -198,6 +209,8 @@ def run_in_graph(
     softcap: float | None, sinks: Tensor | None, return_lse: bool, out_dtype: torch.dtype | None,
 ) -> AttentionState:  # fmt: skip
     """Call the operator of `Plan.run`, in a form that torch.compile can trace."""
+    _check_flags(causal=causal, return_lse=return_lse)
+    _check_numbers(scale=scale, window=window, softcap=softcap)
     k, v = flat_tensors(kv)
     out, lse = run_op(plan, q, k, v, scale, causal, window, softcap, sinks, return_lse, out_dtype)
     return AttentionState(out, lse)
@@ -215,5 +228,20 @@ def flat_tensors(kv: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [k for k, _ in pairs], [v for _, v in pairs]
 
 
+def _check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
+
+
+def _check_numbers(**numbers: object) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool):
+            raise TypeError(f"{name} must be a number or None, got {number}; leave it out for the default")
+
+
 def _host_tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.int64)
+    if isinstance(value, Tensor):
+        return value
+    # what does not hold integers is left as it is, for the operator to refuse
+    return torch.as_tensor(value) if len(value) else torch.zeros(0, dtype=torch.int64)

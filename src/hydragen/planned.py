@@ -59,12 +59,14 @@ class Plan:
         if reserve > 1:
             self._capacity = capacity_for(self._work, reserve)
             self._work = self._make_work(planned, lens)
-        self._pages = self._own_pages()
+        with torch.inference_mode(False):
+            self._pages = self._own_pages()
         # kept at fixed addresses, for graphs: lengths, and what follows from them
         self._kv_lens: Tensor | None = None
         self._tokens: dict[bool, Tokens] = {}
-        backend.prepare(self._work, self._device)
-        self._set_lens(lens)
+        with torch.inference_mode(False):  # what a plan owns outlives the mode in which it is made
+            backend.prepare(self._work, self._device)
+            self._set_lens(lens)
         self.handle = new_handle(self)
 
     @property
@@ -207,7 +209,8 @@ class Plan:
         masked = needs_positions(self._work, call)
         tokens = self._tokens.get(masked)
         if tokens is None:
-            tokens = self._tokens[masked] = self._find_tokens(masked)
+            with torch.inference_mode(False):  # they outlive the mode
+                tokens = self._tokens[masked] = self._find_tokens(masked)
         return self._backend.run(self._work, call, tokens)
 
     def _make_work(self, planned: Planned, lens: KVLens) -> WorkPlan:

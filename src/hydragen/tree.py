@@ -53,6 +53,7 @@ class PrefixTree:
     row_to_node: IntArray
     token_ids: IntArray | None = None
     handle: int = field(init=False)
+    _kv_offsets: IntArray | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("parents", "kv_lens", "row_to_node", "token_ids"):
@@ -60,6 +61,9 @@ class PrefixTree:
             if value is not None or name in ("parents", "row_to_node"):
                 object.__setattr__(self, name, frozen(as_int_vector(value, name).copy()))
         check_tree(*self._arrays)
+        # Not when it is asked for, as the rest: compiled functions read it, and cannot trace a cache.
+        offsets = None if self.kv_lens is None else frozen(np.cumsum(np.append(0, self.kv_lens)))
+        object.__setattr__(self, "_kv_offsets", offsets)
         object.__setattr__(self, "handle", new_handle(self))
 
     @classmethod
@@ -184,10 +188,10 @@ class PrefixTree:
         """Number of children of each node, int64 [num_nodes]."""
         return frozen(np.bincount(self.parents[self.parents >= 0], minlength=self.num_nodes))
 
-    @cached_property
+    @property
     def kv_offsets(self) -> IntArray:
         """Where each node's tokens begin when nodes lie end to end, int64 [num_nodes + 1]; needs kv_lens."""
-        return frozen(np.cumsum(np.append(0, known(self.kv_lens, "kv_offsets"))))
+        return known(self._kv_offsets, "kv_offsets")
 
     @cached_property
     def node_start(self) -> IntArray:

@@ -42,6 +42,12 @@ def check_tree(
                 "give the number of tokens of every node"
             )
         check_not_negative(kv_lens, "kv_lens")
+        copied = float(kv_lens.sum(dtype=np.float64)) * max(row_to_node.size, 1)
+        if copied >= 2**62:
+            raise ValueError(
+                f"kv_lens must hold fewer than 2**62 tokens, copied for every row, got {copied:.3g}; "
+                "give the number of tokens of every node"
+            )
     if token_ids is not None:
         expected = known(kv_lens, "token_ids").sum()
         if token_ids.size != expected:

@@ -14,6 +14,8 @@ from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
 LOG2_E = 1.4426950408889634
+# A factor that is 0 in float32 must not meet a masked logit: 0 times -inf is NaN.
+_SMALLEST = 1.2e-38
 MERGE_HEADS = 8
 MERGE_UNROLL = 4
 
@@ -79,7 +81,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         options.causal and masked,  # CAUSAL
         options.window is not None,  # WINDOW
         capped,  # SOFTCAP
-        options.scale > 0 and not capped,  # FOLD_SCALE
+        options.scale * LOG2_E >= _SMALLEST and not capped,  # FOLD_SCALE
         tile.num_stages,
         tile.loop_tail,
         INTERPRET,

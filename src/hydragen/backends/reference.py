@@ -42,10 +42,10 @@ def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionSt
     if tokens.q_pos is not None:
         q_pos = _to_caller_order(tokens.q_pos, tokens.token, flat.shape[0])
     blocks = list((_blocks_of_one_row if plan.batch_invariant else _blocks)(plan, call, tokens))
-    if not blocks:  # nothing to attend to: no segments, which still tell the size of values
-        blocks = [
-            decomposed.Block(*(x.new_empty(0, 0, *x.shape[-2:]) for x in (call.nodes.k[0], call.nodes.v[0])))
-        ]
+    nothing = not blocks  # then no segments, which still tell the size of values
+    if nothing:
+        empty = (x.new_empty(0, 0, *x.shape[-2:]) for x in (call.nodes.k[0], call.nodes.v[0]))
+        blocks = [decomposed.Block(*empty)]
     state = decomposed.tree_attention(
         flat,
         blocks,
@@ -58,8 +58,11 @@ def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionSt
         out_dtype=options.out_dtype,
     )
     shape = q.shape[:-1]
-    head_dim_v = plan.heads.head_dim_v
-    return AttentionState(state.out.reshape(*shape, head_dim_v), state.lse.reshape(shape))
+    out, lse = state.out.reshape(*shape, plan.heads.head_dim_v), state.lse.reshape(shape)
+    if nothing:  # a function of its inputs all the same, with gradients of 0
+        inputs = (q, *call.nodes.k, *call.nodes.v)
+        out = out + sum(x.flatten()[:0].sum().to(out.dtype) for x in inputs)
+    return AttentionState(out, lse)
 
 
 def prepare(plan: WorkPlan, device: torch.device) -> None:
@@ -150,7 +153,7 @@ def _blocks_of_one_row(plan: WorkPlan, call: Call, tokens: Tokens) -> Iterator[d
     """Yield a block for each row and segment: a matrix product's bits depend on what is stacked into it."""
     device, queries = call.q.device, plan.queries
     ends = np.flatnonzero(np.diff(queries.row, append=-1)) + 1
-    for begin, end in zip(np.append(0, ends[:-1]), ends, strict=True):
+    for begin, end in zip(np.append(0, ends)[:-1], ends, strict=True):
         # with a token of padding: a batch of one row, whose tokens are all there are, goes the same way
         attended = torch.arange(int(begin), int(end) + 1, device=device)
         if tokens.token is not None:

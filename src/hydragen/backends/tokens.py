@@ -89,7 +89,8 @@ def find_tokens(
         return Tokens(token, None, None, kv_lens)
     lens = constants.planned_lens if kv_lens is None else kv_lens
     # sums over each node's ancestors: integers, so the order in which they are added does not matter
-    path_len = lens.index_add(0, constants.descendant, lens[constants.ancestor])
+    descendant, ancestor = _pairs(plan, device).parts
+    path_len = lens.index_add(0, descendant, lens[ancestor])
     q_pos = path_len[constants.row_to_node][constants.row] - q_lens[constants.row] + constants.within
     return Tokens(token, q_pos.to(torch.int32), path_len - lens, kv_lens)
 
@@ -112,6 +113,9 @@ def replace_constants(plan: WorkPlan, device: torch.device) -> None:
     """Overwrite, on `device`, what was uploaded for the plan before, whose `uploads` this one has."""
     uploaded: Uploaded = plan.uploads["constants", device][0]
     uploaded.replace(_constant_arrays(plan))
+    pairs: Uploaded | None = plan.uploads.get(("pairs", device))
+    if pairs is not None:
+        pairs.replace(_pair_arrays(plan))
 
 
 class _Constants(NamedTuple):
@@ -123,8 +127,6 @@ class _Constants(NamedTuple):
     q_lens: Tensor
     row_to_node: Tensor
     planned_lens: Tensor
-    descendant: Tensor
-    ancestor: Tensor
 
 
 def _constants(plan: WorkPlan, device: torch.device) -> _Constants:
@@ -140,16 +142,25 @@ def _constants(plan: WorkPlan, device: torch.device) -> _Constants:
 
 def _constant_arrays(plan: WorkPlan) -> list[IntArray]:
     queries, kv_lens = plan.queries, plan.kv_lens
-    descendant, ancestor = _ancestor_pairs(plan.tree.parents)
     if plan.room is not None:
-        nodes, pairs = plan.room
-        kv_lens = np.pad(kv_lens, (0, nodes + 1 - kv_lens.size))
-        padding = (0, pairs - descendant.size)
-        descendant, ancestor = (np.pad(x, padding, constant_values=nodes) for x in (descendant, ancestor))
-    return [
-        queries.token, queries.row, queries.within, queries.q_lens, plan.tree.row_to_node, kv_lens,
-        descendant, ancestor,
-    ]  # fmt: skip
+        kv_lens = np.pad(kv_lens, (0, plan.room[0] + 1 - kv_lens.size))
+    return [queries.token, queries.row, queries.within, queries.q_lens, plan.tree.row_to_node, kv_lens]
+
+
+def _pairs(plan: WorkPlan, device: torch.device) -> Uploaded:
+    """Return every pair of a node and one of its ancestors; of a deep tree there are many."""
+    found: Uploaded | None = plan.uploads.get(("pairs", device))
+    if found is None:
+        found = plan.uploads["pairs", device] = Uploaded(_pair_arrays(plan), device)
+    return found
+
+
+def _pair_arrays(plan: WorkPlan) -> list[IntArray]:
+    pairs = _ancestor_pairs(plan.tree.parents)
+    if plan.room is None:
+        return list(pairs)
+    nodes, room = plan.room
+    return [np.pad(x, (0, room - x.size), constant_values=nodes) for x in pairs]
 
 
 def _host_positions(plan: WorkPlan, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,13 @@ class Uploaded:
 
     def __init__(self, arrays: Sequence[IntArray | NDArray[np.int32]], device: torch.device) -> None:
         self._sizes = tuple(array.size for array in arrays)
-        self._flat = self._pinned(arrays, device).to(device, non_blocking=True)
+        host = self._pinned(arrays, device)
+        with torch.inference_mode(False):  # plans outlive the mode in which they are made
+            self._flat = torch.empty(host.shape, dtype=host.dtype, device=device)
+        self._flat.copy_(host, non_blocking=True)
+        # A captured copy reads the host's memory again at every replay.
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._host = host if capturing else None
         self.parts = tuple(
             part[:size] for part, size in zip(self._flat.split(self._rounded()), self._sizes, strict=True)
         )

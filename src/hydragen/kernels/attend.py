@@ -80,12 +80,12 @@ def attend(
     if GATHER_Q:
         token = tl.load(q_token_ptr + token, mask=row_ok, other=-1)
         row_ok = row_ok & (token >= 0)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)  # since strides * indices may pass 2**31
+    offs_dv = tl.arange(0, BLOCK_DV).to(tl.int64)
     q_rows = (
         (token // q_len).to(tl.int64) * stride_qb
         + (token % q_len).to(tl.int64) * stride_qt
-        + head * stride_qh
+        + head.to(tl.int64) * stride_qh
     )
     q_mask = row_ok[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + (offs_d * stride_qd)[None, :], mask=q_mask, other=0.0)

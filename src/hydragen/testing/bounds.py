@@ -36,7 +36,9 @@ def checked_accesses() -> Iterator[None]:
     allowed: list[tuple[int, int]] = []
 
     def check(ptrs: Any, mask: Any, what: str) -> None:
-        addresses = np.asarray(ptrs.data).reshape(-1)[np.asarray(mask.data).reshape(-1)].astype(np.int64)
+        # the interpreter keeps some masks as integers
+        pointers, chosen = np.asarray(ptrs.data), np.asarray(mask.data).astype(bool)
+        addresses = pointers[chosen].reshape(-1).astype(np.int64)
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         inside = np.zeros(addresses.size, bool)
         for begin, end in allowed:

@@ -8,6 +8,7 @@ import torch
 
 from hydragen.host_ints import IntArray, as_positive_int
 from hydragen.tree import PrefixTree
+from hydragen.validation.tensors import shown
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,7 +32,8 @@ def check_explain(
         raise ValueError("tree must know its lengths, got kv_lens=None; pass kv_lens when making the tree")
     as_positive_int(q_len, "q_len")
     for name, heads in (("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads)):
-        as_positive_int(heads, name)
+        if as_positive_int(heads, name) != heads or isinstance(heads, torch.Tensor):
+            raise TypeError(f"{name} must be an integer, got {shown(heads)}; convert it with int()")
     if num_q_heads % num_kv_heads:
         raise ValueError(
             f"num_q_heads must be a multiple of num_kv_heads, got {num_q_heads} and {num_kv_heads}; "
@@ -46,3 +48,20 @@ def check_explain(
         names = ", ".join(str(known) for known in _DTYPES)
         raise TypeError(f"dtype must be one of {names}, got {dtype!r}; it is that of q, k and v")
     return tree.kv_lens
+
+
+def check_cuda(device: object) -> torch.device:
+    """Return the CUDA device of this machine that `device` names."""
+    remedy = "leave it out for an H200"
+    try:
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]  # whatever was given
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device must name a CUDA device, such as 'cuda:0', got {shown(device)}; {remedy}"
+        ) from None
+    there = torch.cuda.device_count()
+    if found.type != "cuda" or (found.index or 0) >= there:
+        raise ValueError(
+            f"device must be a CUDA device of this machine, which has {there}, got {str(found)!r}; {remedy}"
+        )
+    return found

@@ -186,7 +186,7 @@ def _heads(
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads != 0:
         raise ValueError(
             "q must have a positive multiple of kv's num_kv_heads as num_q_heads, got "
-            f"{num_q_heads} query heads for {num_kv_heads} KV heads; "
-            "repeat or drop heads so that every KV head serves equally many query heads"
+            f"{num_q_heads} query heads for {num_kv_heads} KV heads; heads come after tokens, [batch, q_len, "
+            "heads, head_dim]: if they come first, pass x.transpose(1, 2)"
         )
     return Heads(num_q_heads, num_kv_heads, head_dim, head_dim_v, itemsize)

@@ -92,9 +92,9 @@ def check_offsets(value: object, name: str) -> IntArray:
         raise ValueError(
             f"{name} must begin with 0, got {cu[:4].tolist()}; give the offset of each entry, and the end"
         )
-    steps = np.diff(cu)
-    if steps.size and steps.min() < 0:
-        at = int(steps.argmin())
+    falls = cu[1:] < cu[:-1]  # not by differences, which may pass int64
+    if falls.any():
+        at = int(falls.argmax())
         raise ValueError(
             f"{name} must not decrease, got {cu[at]} then {cu[at + 1]} at index {at + 1}; "
             "give cumulative offsets"
