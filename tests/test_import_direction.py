@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"__init__"},
     {"api"},
     {"planned"},
+    {"plan_state"},
     {"ops"},
     {"backends"},
     {"explain"},
@@ -31,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"merging", "tuning"},
     {"kernels"},
     {"tree"},
-    {"radix", "tree_levels", "tree_text"},
+    {"radix", "tree_changes", "tree_levels", "tree_text"},
     {"forest", "tree_checks"},
     {"handles", "host_ints", "types", "target"},
 ]

@@ -185,3 +185,25 @@ def test_a_tree_for_a_thousand_rows_is_cheap() -> None:
         assert PrefixTree.from_parents(parents, [16] * 1124).row_order.size >= 1024
         times.append(time.perf_counter() - begun)
     assert min(times) < 0.01  # measured: half a millisecond
+
+
+def test_fork_gives_every_row_new_empty_nodes() -> None:
+    tree = PrefixTree.from_parents([-1, 0, 0], [10, 3, 4], row_to_node=[2, 1, 0])
+    forked = tree.fork([2, 0, 1])
+    assert forked.parents.tolist() == [-1, 0, 0, 2, 2, 0]
+    assert forked.kv_lens is not None
+    assert forked.kv_lens.tolist() == [10, 3, 4, 0, 0, 0]
+    assert forked.row_to_node.tolist() == [3, 4, 5]
+    assert forked.path(1).tolist() == [0, 2, 4]
+    assert tree.fork(3).num_rows == 9
+    assert tree.fork().path_lens.tolist() == tree.path_lens.tolist()
+    ids = PrefixTree.from_token_ids([[1, 2], [1, 3]]).fork(2)
+    assert ids.node_tokens(2).tolist() == [3]
+    assert PrefixTree.from_parents([-1]).fork().kv_lens is None
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, -1, 1], [1.0, 1, 1], -1])
+def test_fork_refuses_wrong_counts(counts: object) -> None:
+    tree = PrefixTree.from_parents([-1, 0, 0], row_to_node=[2, 1, 0])
+    with pytest.raises((ValueError, TypeError), match="counts must hold"):
+        tree.fork(counts)

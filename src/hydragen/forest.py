@@ -122,3 +122,12 @@ def _ancestors(parents: IntArray) -> Iterator[IntArray]:
     while ancestor.min() < above_roots:
         yield ancestor
         ancestor = ancestor[ancestor]
+
+
+def path_to(parents: IntArray, node: int) -> IntArray:
+    """Return the nodes from a root to `node`, int64."""
+    nodes = []
+    while node >= 0:
+        nodes.append(node)
+        node = int(parents[node])
+    return np.array(nodes[::-1], dtype=np.int64)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hydragen.backends import Backend
-from hydragen.backends.tokens import Tokens, find_tokens, needs_positions, planned_lens, replace_constants
+from hydragen.backends.tokens import needs_positions, replace_constants
 from hydragen.capacity import Capacity, capacity_for, fitted
 from hydragen.explain import Explanation, explanation
 from hydragen.handles import new_handle
 from hydragen.kv import KV
 from hydragen.lengths import KVLens, check_kv_lens
 from hydragen.ops import implement_run, run_in_graph
+from hydragen.plan_state import PlanState
 from hydragen.target import target_of
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_options
-from hydragen.validation.planned import Planned, check_run, tables_of
+from hydragen.validation.planned import Planned, check_append, check_run, tables_of
 from hydragen.validation.update import (
     check_new_lens,
     check_new_offsets,
@@ -52,21 +52,16 @@ class Plan:
         reserve: float,
     ) -> None:
         self._planned, self._backend = planned, backend
-        self._batch_invariant, self._reserve = batch_invariant, reserve
+        self._batch_invariant = batch_invariant
         self._capacity: Capacity | None = None
         self._lens_given = len(lens.on_device) > 0
         self._work = self._make_work(planned, lens)
         if reserve > 1:
             self._capacity = capacity_for(self._work, reserve)
             self._work = self._make_work(planned, lens)
-        with torch.inference_mode(False):
-            self._pages = self._own_pages()
-        # kept at fixed addresses, for graphs: lengths, and what follows from them
-        self._kv_lens: Tensor | None = None
-        self._tokens: dict[bool, Tokens] = {}
         with torch.inference_mode(False):  # what a plan owns outlives the mode in which it is made
             backend.prepare(self._work, self._device)
-            self._set_lens(lens)
+        self._state = PlanState(planned, self._work, lens, reserve)
         self.handle = new_handle(self)
 
     @property
@@ -155,6 +150,7 @@ class Plan:
         """
         planned = self._planned
         # all checks first: an update that raises has changed nothing
+        lens: KVLens | None = None
         offsets = None if cu_seqlens_q is None else check_new_offsets(planned, cu_seqlens_q)
         indices = None if page_indices is None else check_new_pages(planned, page_indices, validate)
         if tree is not None or kv is not None:
@@ -165,13 +161,44 @@ class Plan:
                 )
             self._change_tree(planned.tree if tree is None else tree, kv, kv_lens, validate)
         elif kv_lens is not None:
-            room = None if self._kv_lens is None else self._work.kv_lens
-            self._set_lens(check_new_lens(planned, room, kv_lens, validate))
+            room = None if self._state.kv_lens is None else self._work.kv_lens
+            lens = check_new_lens(planned, room, kv_lens, validate)
         if indices is not None:
-            self._set_pages(indices)
+            self._state.set_pages(indices)
         if offsets is not None and planned.rows.cu_seqlens_q is not None:
             planned.rows.cu_seqlens_q.copy_(offsets)
-            self._refresh()
+        if lens is not None:
+            self._state.set_lens(planned, self._work, lens)
+        elif indices is not None or offsets is not None:
+            self._state.refresh(planned, self._work)
+
+    def append(self, kv: KV | tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+        """Write one layer's keys and values of the newest tokens to where the last `update` made room.
+
+        These are the tokens between a row's length before that update and its length since: so a sequence
+        that did not grow is not written to. It changes `kv`, which is what it is for; nothing waits for the
+        device, and it can be captured.
+
+        Parameters
+        ----------
+        kv : list of levels, or a pair of tensors
+            The layer's keys and values, as for `run`.
+        k : tensor [num_rows, q_len, num_kv_heads, head_dim]
+        v : tensor [num_rows, q_len, num_kv_heads, head_dim_v]
+            Of row r's tokens as many as it grew by are written, from the first on.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If shapes do not fit; if lengths are fixed; if rows do not end at nodes of their own that have
+            room and lie in one tensor.
+        """
+        planned = self._planned
+        cache_k, cache_v = check_append(planned, kv, k, v)
+        place, source, fresh = self._state.slots(planned)
+        for cache, new in ((cache_k, k), (cache_v, v)):
+            value = new.gather(1, source[:, :, None, None].expand(-1, -1, *new.shape[2:]))
+            cache.index_put_(place, torch.where(fresh[:, :, None, None], value, cache[place]))
 
     def explain(self) -> Explanation:
         """Say what is batched, what is read with and without sharing, and which limit binds."""
@@ -198,19 +225,15 @@ class Plan:
         """`run`, which explains the arguments, outside of a graph, as (out, lse)."""
         planned = self._planned
         q, nodes = check_run(planned, q, kv)
-        if self._pages is not None and nodes.pages is not None:
-            nodes = nodes._replace(pages=nodes.pages._replace(indices=self._pages))
+        if nodes.pages is not None and self._state.pages is not None:
+            nodes = nodes._replace(pages=nodes.pages._replace(indices=self._state.pages))
         options = check_options(q, scale, causal, window, softcap, sinks, return_lse, out_dtype)
         rows, heads = planned.rows, planned.heads
         call = Call(
             q, rows.starts, rows.lens, rows.cu_seqlens_q, nodes, planned.tree, KVLens(self._work.kv_lens),
             heads, options,
         )  # fmt: skip
-        masked = needs_positions(self._work, call)
-        tokens = self._tokens.get(masked)
-        if tokens is None:
-            with torch.inference_mode(False):  # they outlive the mode
-                tokens = self._tokens[masked] = self._find_tokens(masked)
+        tokens = self._state.tokens(planned, self._work, needs_positions(self._work, call))
         return self._backend.run(self._work, call, tokens)
 
     def _make_work(self, planned: Planned, lens: KVLens) -> WorkPlan:
@@ -238,58 +261,13 @@ class Plan:
         # these two raise if there is no room: nothing has changed until here
         work = self._make_work(changed, lens)
         if nodes.pages is not None:
-            self._set_pages(nodes.pages.indices)
+            self._state.set_pages(nodes.pages.indices)
         work.uploads.update(self._work.uploads)
         self._planned, self._work = changed, work
         replace_constants(work, device)
         self._backend.replace_tables(work, device)
-        self._set_lens(lens)
-
-    def _set_lens(self, lens: KVLens) -> None:
-        work, device = self._work, self._device
-        if not work.lens_on_device:
-            return
-        planned = planned_lens(work, device)
-        same = bool((lens.planned == work.kv_lens).all())
-        given = planned if same else planned.clone()
-        if not same:
-            host = torch.from_numpy(lens.planned).to(torch.int32)
-            given[: host.numel()].copy_(
-                host.pin_memory() if device.type == "cuda" else host, non_blocking=True
-            )
-        clamped = lens.clamped(given, work.uploads)
-        self._kv_lens = clamped if self._kv_lens is None else self._kv_lens.copy_(clamped)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        """Compute positions anew, into the memory that captured graphs know."""
-        for masked, old in list(self._tokens.items()):
-            new = self._find_tokens(masked)
-            for there, value in zip(old, new, strict=True):
-                if there is not None and value is not None and there is not value:
-                    there.copy_(value)
-
-    def _find_tokens(self, masked: bool) -> Tokens:
-        rows, total = self._planned.rows, self._planned.q_shape[0]
-        return find_tokens(self._work, self._kv_lens, rows.cu_seqlens_q, total, masked, self._device)
-
-    def _own_pages(self) -> Tensor | None:
-        pages = self._planned.nodes.pages
-        if pages is None:
-            return None
-        entries = pages.indices.numel()
-        own = pages.indices.new_zeros(math.ceil(self._reserve * entries))
-        own[:entries].copy_(pages.indices)
-        return own
-
-    def _set_pages(self, indices: Tensor) -> None:
-        if self._pages is None or indices.numel() > self._pages.numel():
-            room = 0 if self._pages is None else self._pages.numel()
-            raise ValueError(
-                f"kv must fit the plan's page table of {room} entries, got {indices.numel()}; "
-                "plan with a larger reserve"
-            )
-        self._pages[: indices.numel()].copy_(indices)
+        self._state.set_rows(changed)
+        self._state.set_lens(changed, work, lens, grown=False)  # no token is new in a node that was not there
 
 
 @implement_run

@@ -12,10 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
-from hydragen.forest import path_sums, row_layout
+from hydragen.forest import path_sums, path_to, row_layout
 from hydragen.handles import new_handle
 from hydragen.host_ints import IntArray, as_index, as_int_vector, as_positive_int, frozen
 from hydragen.radix import build_radix_tree
+from hydragen.tree_changes import forked, unshared
 from hydragen.tree_checks import check_tree, known, listed
 from hydragen.tree_levels import stack_levels
 from hydragen.tree_text import tree_text
@@ -61,7 +62,7 @@ class PrefixTree:
             if value is not None or name in ("parents", "row_to_node"):
                 object.__setattr__(self, name, frozen(as_int_vector(value, name).copy()))
         check_tree(*self._arrays)
-        # Not when it is asked for, as the rest: compiled functions read it, and cannot trace a cache.
+        # not when it is asked for: compiled functions cannot trace a cache
         offsets = None if self.kv_lens is None else frozen(np.cumsum(np.append(0, self.kv_lens)))
         object.__setattr__(self, "_kv_offsets", offsets)
         object.__setattr__(self, "handle", new_handle(self))
@@ -83,8 +84,6 @@ class PrefixTree:
 
         Examples
         --------
-        A prompt of 1,000 tokens with two questions, the first of which has two answers:
-
         >>> print(PrefixTree.from_parents([-1, 0, 0, 1, 1], [1000, 30, 20, 7, 9]))
         PrefixTree: 5 nodes, 1 root, 3 rows
         └─ node 0: 1,000 tokens, 3 rows
@@ -231,12 +230,8 @@ class PrefixTree:
 
     def path(self, row: int) -> IntArray:
         """Return the nodes that row `row` attends to, int64 [nodes on its path], root first."""
-        node = int(self.row_to_node[as_index(row, "row", self.num_rows, "rows")])
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = int(self.parents[node])
-        return frozen(np.array(nodes[::-1], dtype=np.int64))
+        row = as_index(row, "row", self.num_rows, "rows")
+        return frozen(path_to(self.parents, int(self.row_to_node[row])))
 
     def node_tokens(self, node: int) -> IntArray:
         """Return the token ids of node `node`, int64 [kv_lens[node]]; ValueError without `token_ids`."""
@@ -248,14 +243,21 @@ class PrefixTree:
         node = as_index(node, "node", self.num_nodes, "nodes")
         return self.token_ids[self.kv_offsets[node] : self.kv_offsets[node + 1]]
 
+    def fork(self, counts: object = 1) -> PrefixTree:
+        """Return the tree in which row r goes on as counts[r] rows (int64 [num_rows] or one number for all).
+
+        Each goes on in a new, empty node of its own; these follow the old nodes, row after row. Nothing is
+        copied: what a row held so far is shared, and its last node need not be full.
+
+        >>> tree = PrefixTree.from_parents([-1, 0, 0], [10, 3, 4]).fork([2, 1])
+        >>> tree.parents, tree.row_to_node
+        (array([-1,  0,  0,  1,  1,  2]), array([3, 4, 5]))
+        """
+        return PrefixTree(*forked(self._arrays, counts))
+
     def unshared(self) -> PrefixTree:
         """Return the tree that shares nothing: row i has a root of its own, node i, with all its tokens."""
-        lengths = None if self.kv_lens is None else self.path_lens
-        token_ids = None
-        if self.token_ids is not None:
-            runs = [self.node_tokens(node) for row in range(self.num_rows) for node in self.path(row)]
-            token_ids = np.concatenate([self.token_ids[:0], *runs])
-        return PrefixTree(np.full(self.num_rows, -1), lengths, np.arange(self.num_rows), token_ids)
+        return PrefixTree(*unshared(self._arrays, [self.path(row) for row in range(self.num_rows)]))
 
     def describe(self, max_lines: int = 40) -> str:
         """Return a readable picture of at most `max_lines` lines, between a heading and the totals."""

@@ -180,6 +180,27 @@ def check_run(planned: Planned, q: object, kv: KV | tuple[Tensor, Tensor]) -> tu
     )
 
 
+def check_append(
+    planned: Planned, kv: KV | tuple[Tensor, Tensor], k: object, v: object
+) -> tuple[Tensor, Tensor]:
+    """Return the tensors that hold the keys and values of the rows' last nodes, if new ones fit them."""
+    tensors, nodes = _tensors(kv, planned), planned.nodes
+    ends = planned.tree.row_to_node
+    level = int(nodes.level[ends[0]]) if ends.size else 0
+    caches = []
+    for x, new, held, name in zip(tensors[level], (k, v), (nodes.k, nodes.v), "kv", strict=True):
+        cache = _check_like(x, held[level], f"kv[{level}] {name}", planned.like)
+        tensor = check_tensor(new, name, planned.like)
+        shape = (*planned.q_shape[:2], *cache.shape[-2:])
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {list(shape)}, tokens and KV heads as planned, got "
+                f"{list(tensor.shape)}; one entry per row and query token"
+            )
+        caches.append(cache)
+    return caches[0], caches[1]
+
+
 def _tensors(kv: KV | tuple[Tensor, Tensor], planned: Planned) -> list[tuple[object, object]]:
     """Return the pair of keys and values of each level."""
     nodes = planned.nodes

@@ -1,0 +1,38 @@
+"""Other trees made from one, as arrays: forked rows, nothing shared."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hydragen.host_ints import IntArray, as_int_vector
+
+Arrays = tuple[IntArray, IntArray | None, IntArray, IntArray | None]
+
+
+def forked(arrays: Arrays, counts: object) -> Arrays:
+    """Give row r counts[r] successors, each at a new, empty node under its own."""
+    parents, kv_lens, row_to_node, token_ids = arrays
+    given = np.full(row_to_node.size, counts) if isinstance(counts, int) else counts
+    each = as_int_vector(given, "counts")
+    if each.size != row_to_node.size or (each < 0).any():
+        raise ValueError(
+            f"counts must hold a number of at least 0 for each of the {row_to_node.size} rows, got "
+            f"{each.tolist()}; 1 lets a row go on alone"
+        )
+    above = np.repeat(row_to_node, each)
+    lengths = None if kv_lens is None else np.append(kv_lens, np.zeros(above.size, np.int64))
+    return np.append(parents, above), lengths, parents.size + np.arange(above.size), token_ids
+
+
+def unshared(arrays: Arrays, paths: list[IntArray]) -> Arrays:
+    """Give row i a root of its own, node i, with all tokens of its path."""
+    _, kv_lens, _, token_ids = arrays
+    nodes = np.arange(len(paths))
+    if kv_lens is None:
+        return np.full(nodes.size, -1), None, nodes, None
+    lengths = np.array([kv_lens[path].sum() for path in paths], np.int64)
+    if token_ids is not None:
+        ends = np.cumsum(kv_lens)
+        runs = [token_ids[ends[node] - kv_lens[node] : ends[node]] for path in paths for node in path]
+        token_ids = np.concatenate([token_ids[:0], *runs])
+    return np.full(nodes.size, -1), lengths, nodes, token_ids

@@ -1,0 +1,75 @@
+"""New tokens written where rows grew, in every layout."""
+
+import pytest
+import torch
+from steps import BATCH, DIM, HEADS, KV_HEADS, LAYOUTS, PREFIX, ROOM, TREE, growing, normal, queries, suffix
+from torch import Tensor
+
+import hydragen
+from hydragen import PackedKV, PrefixTree
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_new_tokens_are_appended_where_rows_grew(layout: str, backend: str, device: torch.device) -> None:
+    kv, lens, views = growing(layout, device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, q_len=2, kv_lens=lens, backend=backend)
+    held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(BATCH)]
+    grow = lens[1] if layout == "levels" else lens[1:]
+    untouched = [suffix(layout, views, which).clone() for which in (0, 1)]
+    for step, by in enumerate(([1, 2, 0, 2, 1], [2, 2, 0, 1, 0], [0, 2, 0, 2, 2])):
+        new = [normal(BATCH, 2, KV_HEADS, DIM, seed=10 * step + i, device=device) for i in range(2)]
+        grow += torch.tensor(by, device=device)
+        plan.update(kv_lens=lens)
+        for _ in range(2):  # as often as one likes
+            plan.append(kv, *new)
+        for row, count in enumerate(by):
+            held[row] += [(new[0][row, i], new[1][row, i]) for i in range(count)]
+        for which in (0, 1):
+            seen = suffix(layout, views, which)
+            for row, tokens in enumerate(held):
+                for at, token in enumerate(tokens):
+                    assert torch.equal(seen[row, at], token[which])
+                rest = slice(len(tokens), None)
+                assert torch.equal(seen[row, rest], untouched[which][row, rest])
+    assert max(len(tokens) for tokens in held) <= ROOM
+
+
+def test_a_step_appends_and_attends(backend: str, device: torch.device) -> None:
+    """Token by token with a plan equals everything at once."""
+    kv, lens, _ = growing("paged", device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, backend=backend)
+    new = normal(2, BATCH, 4, KV_HEADS, DIM, seed=5, device=device)
+    q = queries(4, device=device)
+    steps = []
+    for t in range(4):
+        lens[1:] += 1
+        plan.update(kv_lens=lens)
+        plan.append(kv, new[0][:, t : t + 1], new[1][:, t : t + 1])
+        steps.append(plan.run(q[:, t : t + 1], kv))
+    expected = hydragen.attention(q, kv, tree=TREE, kv_lens=lens, causal=True, backend=backend)
+    torch.testing.assert_close(torch.cat(steps, 1), expected)
+
+
+def test_appending_is_refused_where_it_cannot_work() -> None:
+    device = torch.device("cpu")
+    kv, lens, _ = growing("packed", device)
+    new = torch.zeros(BATCH, 1, KV_HEADS, DIM)
+    fixed = hydragen.plan(TREE, kv, num_q_heads=HEADS)
+    with pytest.raises(ValueError, match="append needs a plan whose lengths may grow"):
+        fixed.append(kv, new, new)
+    together = PrefixTree.from_parents(TREE.parents, row_to_node=[1, 1, 2, 3, 4])
+    with pytest.raises(ValueError, match="append needs every row to end at a node of its own"):
+        hydragen.plan(together, kv, num_q_heads=HEADS, kv_lens=lens).append(kv, new, new)
+    packed = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, cu_seqlens_q=[0, 1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match=r"k must have shape|append needs queries in a batch"):
+        packed.append(kv, new, new)
+    growing_plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens)
+    for wrong in (new[:2], new[..., :3], new.half(), None):
+        with pytest.raises((ValueError, TypeError), match="k must"):
+            growing_plan.append(kv, wrong, new)
+    full = hydragen.plan(
+        TREE, PackedKV(kv.k[:PREFIX], kv.v[:PREFIX], [0, *[PREFIX] * 6]), num_q_heads=HEADS,
+        kv_lens=torch.tensor([PREFIX, 0, 0, 0, 0, 0]),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="append needs room in the node of every row"):
+        full.append((kv.k[:PREFIX], kv.v[:PREFIX]), new, new)

@@ -1,0 +1,93 @@
+"""Wrong plans, runs and updates, each refused by name."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import hydragen
+from hydragen import PrefixTree
+
+
+def names(cases: list[tuple[Any, ...]]) -> list[str]:
+    return [case[0] for case in cases]
+
+
+KV: Any = [(torch.zeros(1, 3, 2, 8),) * 2, (torch.zeros(2, 4, 2, 8),) * 2]
+SMALL = PrefixTree.from_levels([[3], [4, 4]])
+RIGHT: dict[str, Any] = {"tree": SMALL, "kv": KV, "num_q_heads": 4}
+WRONG_PLANS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("no tree", {"tree": None}, TypeError, "tree must be a hydragen.PrefixTree, got None"),
+    ("kv", {"kv": 3}, TypeError, "kv must be a list of levels"),
+    ("heads", {"num_q_heads": 3}, ValueError, "num_q_heads"),
+    ("no heads", {"num_q_heads": 0}, ValueError, "num_q_heads must be an integer of at least 1, got 0"),
+    ("q_len", {"q_len": 0}, ValueError, "q_len must be an integer of at least 1, got 0"),
+    ("both", {"q_len": 1, "cu_seqlens_q": [0, 1, 2]}, ValueError, "q_len must be left out"),
+    ("rows", {"cu_seqlens_q": [0, 1]}, ValueError, "cu_seqlens_q must have one offset per row"),
+    ("total", {"total_q": 3}, ValueError, "total_q must come with cu_seqlens_q"),
+    ("max", {"cu_seqlens_q": [0, 3, 4], "max_seqlen_q": 2}, ValueError, "max_seqlen_q must be at least"),
+    ("reserve", {"reserve": 0.5}, ValueError, "reserve must be a finite number of at least 1, got 0.5"),
+    ("reserve nan", {"reserve": float("nan")}, ValueError, "reserve must be a finite number"),
+    ("reserve type", {"reserve": "2"}, TypeError, "reserve must be a finite number of at least 1"),
+    ("backend", {"backend": "cuda"}, ValueError, "backend must be one of"),
+    ("lens", {"kv_lens": [None, [4, 5]]}, ValueError, "kv_lens[1] must not exceed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), [w[1:] for w in WRONG_PLANS], ids=[w[0] for w in WRONG_PLANS]
+)
+def test_wrong_plans_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        hydragen.plan(**{**RIGHT, **changes})
+
+
+Q = torch.zeros(2, 1, 4, 8)
+WRONG_RUNS: list[tuple[str, tuple[Any, Any], type[Exception], str]] = [
+    ("q shape", (Q[:1], KV), ValueError, "q must have the shape that the plan was made for, [2, 1, 4, 8]"),
+    ("q dtype", (Q.half(), KV), TypeError, "q must have the dtype that the plan was made for"),
+    ("q", (None, KV), TypeError, "q must be a torch.Tensor, got None"),
+    ("levels", (Q, KV[:1]), ValueError, "kv must have the levels that the plan was made for, 2, got 1"),
+    ("kv", (Q, 7), TypeError, "kv must be as the plan was made for"),
+    ("pair", (Q, [KV[0], 7]), TypeError, "kv[1] must be a pair (k, v), got int"),
+    ("shape", (Q, [KV[0], KV[0]]), ValueError, "kv[1] k must have the shape that the plan was made for"),
+    ("dtype", (Q, [KV[0], (KV[1][0].half(),) * 2]), TypeError, "kv[1] k must have the dtype of q"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), [w[1:] for w in WRONG_RUNS], ids=[w[0] for w in WRONG_RUNS]
+)
+def test_wrong_runs_are_refused(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        hydragen.plan(**RIGHT).run(*arguments)
+
+
+def test_options_belong_to_the_run() -> None:
+    plan = hydragen.plan(**RIGHT)
+    for options, message in (
+        ({"window": 0}, "window"),
+        ({"scale": float("nan")}, "scale"),
+        ({"out_dtype": 3}, "out_dtype"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            plan.run(Q, KV, **options)
+
+
+def test_wrong_updates_are_refused() -> None:
+    fixed = hydragen.plan(**RIGHT)
+    roomy = hydragen.plan(**RIGHT, reserve=2.0)
+    other = PrefixTree.from_levels([[3], [4, 4, 4]])
+    for plan, update, message in (
+        (fixed, {"kv_lens": [None, [1, 2]]}, "plan that was made for fixed lengths"),
+        (fixed, {"tree": SMALL}, "plan without reserve"),
+        (fixed, {"page_indices": [1]}, "plan without pages"),
+        (fixed, {"cu_seqlens_q": torch.zeros(3)}, "plan that was made for offsets on the host"),
+        (roomy, {"tree": other}, "kv must be given with a tree of another size"),
+        (roomy, {"tree": 5}, "tree must be a hydragen.PrefixTree or None, got int"),
+        (roomy, {"kv_lens": [None, [1, 9]]}, "must not exceed"),
+        (roomy, {"kv": [(x[..., :4], x[..., :4]) for x, _ in KV]}, "kv"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            plan.update(**update)
