@@ -26,7 +26,7 @@ from hydragen.backends.launches import MERGE_HEADS, MERGE_UNROLL, padded
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.target import Target
-from hydragen.tuning import Tile, tiles_for
+from hydragen.tuning import Tile, merge_registers, tiles_for
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical
@@ -93,7 +93,8 @@ def compile_case(case: Case) -> Any:
             "UNROLL": MERGE_UNROLL,
         }  # fmt: skip
         types: dict[str, Any] = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
-        return _compile(merge, constants, types, case.arch, 4, 3, None)
+        registers = merge_registers(Target(case.arch, 132, 1.0, 1.0)) or None
+        return _compile(merge, constants, types, case.arch, 4, 3, registers)
     tile = case.tile
     variant = VARIANTS[case.variant]
     itemsize = 4 if case.dtype == "fp32" else 2

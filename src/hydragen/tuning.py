@@ -74,6 +74,7 @@ _UNALIGNED_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (0, 256): _HALF_TILES[0, 256],
     (80, 128): (Tile(16, 32, 4, 1, True), Tile(64, 32, 8, 1, True)),
     (80, 256): (Tile(16, 32, 8, 1, True),),
+    (90, 128): (Tile(16, 32, 4, 1, True), Tile(64, 16, 8, 1, True)),
 }
 # the same for float32, whose products are plain multiply-adds
 _FLOAT_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
@@ -81,7 +82,10 @@ _FLOAT_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 64): (Tile(16, 16, 4, 2, True, 2), Tile(32, 32, 8, 2, True)),
     (80, 128): (Tile(16, 16, 8, 2, True),),
     (80, 256): (Tile(16, 16, 8, 1, True),),
+    (100, 64): (Tile(16, 16, 4, 2, True, 2), Tile(32, 32, 8, 1, True)),
 }
+# Most registers of a thread in the merge. Left alone, ptxas spills a little for sm_100.
+_MERGE_REGISTERS = {100: 96}
 # Keys per split under batch_invariant: fixed, so that no neighbour in the batch moves a boundary.
 INVARIANT_SPLIT = 2048
 # Start and end of a program: table, queries, first keys; the partial.
@@ -91,6 +95,11 @@ _COMPUTE_EFFICIENCY = 0.6
 # Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
 # memory.
 _PROGRAM_BANDWIDTH = 40e9
+
+
+def merge_registers(target: Target) -> int:
+    """Return the cap on the registers of the merge, 0 for none."""
+    return max((cap for arch, cap in _MERGE_REGISTERS.items() if arch <= target.arch), default=0)
 
 
 def tiles_for(target: Target, head_dim: int, head_dim_v: int, itemsize: int) -> tuple[Tile, ...]:

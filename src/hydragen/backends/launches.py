@@ -10,6 +10,7 @@ from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kv import Strides
 from hydragen.queries import Heads
+from hydragen.tuning import merge_registers
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
@@ -123,7 +124,7 @@ def merge_launcher(plan: WorkPlan, call: Call, tokens: Tokens) -> Launcher:
         (plan.queries.token.size, -(-heads.num_q_heads // block_h), 1),
         (heads.num_q_heads,),
         constants,
-        {"num_warps": 4, "launch_pdl": pdl},
+        {"num_warps": 4, "maxnreg": merge_registers(plan.target), "launch_pdl": pdl},
         _kinds(call),
     )
 

@@ -1,0 +1,70 @@
+"""One long prefix over several devices: each rank attends to its share of the keys, the states are merged."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hydragen.merging import merge_states
+from hydragen.types import AttentionState
+
+
+def merge_over_ranks(
+    state: AttentionState | tuple[Tensor, Tensor],
+    group: dist.ProcessGroup | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> AttentionState:
+    """Merge the attention of all ranks over their keys into attention over all keys, on every rank.
+
+    One all-gather, then the same merge in the order of ranks everywhere: all ranks get the same bits.
+    Computed with `attention(..., return_lse=True, out_dtype=torch.float32)`, the parts lose nothing by the
+    exchange. Sinks belong into one rank's call only.
+
+    Parameters
+    ----------
+    state : AttentionState or (out, lse)
+        out [..., num_q_heads, head_dim_v] and lse [..., num_q_heads] of this rank, shaped alike on all ranks.
+    group : torch.distributed process group, optional
+        By default all ranks. NCCL for tensors on GPUs, gloo for those on CPUs.
+    out_dtype : torch.dtype, optional
+        Dtype of the result's `out`; default that of `state.out`.
+
+    Returns
+    -------
+    AttentionState
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the tensors do not fit together or require gradients.
+    RuntimeError
+        If torch.distributed has not been initialised.
+
+    Examples
+    --------
+    Rank r of n holds the r-th part of the prefix; the suffixes belong to rank 0::
+
+        mine = attention(q, kv_of_this_rank, return_lse=True, out_dtype=torch.float32)
+        out, lse = merge_over_ranks(mine, out_dtype=q.dtype)
+    """
+    (own,) = [merge_states([state])]  # checks it
+    if torch.is_grad_enabled() and any(x.requires_grad for x in state):
+        raise ValueError(
+            "state must not require gradients, which do not pass between ranks, got requires_grad=True; "
+            "call under torch.no_grad()"
+        )
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "merge_over_ranks needs torch.distributed; call torch.distributed.init_process_group first"
+        )
+    out, lse = own
+    size = dist.get_world_size(group)
+    # lse joins out as one more column, so that one exchange does
+    packed = torch.cat([out.to(lse.dtype), lse[..., None]], -1)
+    gathered = packed.new_empty(size * packed.numel())
+    dist.all_gather_into_tensor(gathered, packed.reshape(-1), group=group)
+    parts = gathered.view(size, *packed.shape)
+    merged = merge_states([AttentionState(part[..., :-1], part[..., -1]) for part in parts])
+    return AttentionState(merged.out.to(out.dtype if out_dtype is None else out_dtype), merged.lse)

@@ -1,0 +1,66 @@
+"""A prefix sharded over two processes equals the prefix in one."""
+
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import hydragen
+from hydragen.distributed import merge_over_ranks
+from hydragen.testing import Problem, assert_within_budget, view
+
+RANKS = 2
+PROBLEM = Problem((-1, 0, 0), (61, 7, 12), (1, 2, 2), (1, 1, 1), 4, 2, 16, 16, sharpness="peaked")
+
+
+def attend_to_a_shard(rank: int, meeting: str, results: Any) -> None:
+    """One rank: its part of the root's keys; the leaves' are rank 0's."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
+    try:
+        inputs = PROBLEM.tensors()
+        packed = view(PROBLEM, inputs)
+        begin, end = (0, 40) if rank == 0 else (40, 61)
+        own = slice(61, None if rank == 0 else 61)
+        k, v = (torch.cat([x[begin:end], x[own]]) for x in (inputs.k, inputs.v))
+        leaves = (7, 12) if rank == 0 else (0, 0)
+        offsets = torch.tensor([0, end - begin, *leaves]).cumsum(0)
+        state = hydragen.attention(
+            packed.q, hydragen.PackedKV(k, v, offsets), tree=packed.tree, cu_seqlens_q=packed.cu_seqlens_q,
+            return_lse=True, out_dtype=torch.float32,
+        )  # fmt: skip
+        merged = merge_over_ranks(state)
+        results.put((rank, merged.out.tolist(), merged.lse.tolist()))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    meeting = str(tmp_path / "meeting")
+    processes = [
+        context.Process(target=attend_to_a_shard, args=(rank, meeting, results)) for rank in range(RANKS)
+    ]
+    for process in processes:
+        process.start()
+    found = {rank: (out, lse) for rank, out, lse in (results.get(timeout=120) for _ in processes)}
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert found[0] == found[1]
+    assert_within_budget(PROBLEM, torch.tensor(found[0][0]), torch.tensor(found[0][1]))
+
+
+def test_what_cannot_be_exchanged_is_refused() -> None:
+    out, lse = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
+        merge_over_ranks((out, lse))
+    with pytest.raises(ValueError, match="state must not require gradients"):
+        merge_over_ranks((out.requires_grad_(), lse))
+    with pytest.raises((ValueError, TypeError), match="lse"):
+        merge_over_ranks((out, torch.zeros(5)))
