@@ -1,0 +1,300 @@
+"""The attention tile for long shared segments on sm_90, in Gluon: a producer warp and independent consumers.
+
+It serves the work table of kernels/attend.py, with the same rows, partials and outputs, where a plain tile is
+bound by the tensor cores: 64 * CONSUMERS query rows a program, keys and values contiguous per token, no mask
+but the segment's end, no soft cap. One warp brings blocks of keys and values into rings of shared memory by
+TMA. Each consumer is a warpgroup with 64 rows of its own; consumers never wait for one another, so that the
+softmax of one runs beside the products of the other. Within a consumer the product with the values of one
+block is queued behind the scores of the next and runs during their softmax. Blocks are walked from the
+segment's end: only the first can be short, and the main loop carries no mask.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .attend import ITEM_COLUMNS
+from .primitives import LN_2, LOWEST, finish, fold_sink
+
+# Rows of a consumer: the rows of one wgmma instruction.
+ROWS = gl.constexpr(64)
+# The barrier of a partition's threads was renamed in Triton 3.7.
+if hasattr(gl, "thread_barrier"):
+    barrier = gl.thread_barrier
+else:
+    barrier = gl.barrier
+
+
+@gluon.jit
+def locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS: gl.constexpr):
+    """What task `task` of the launch attends to: its row of the work table, its KV head and last key."""
+    kv_head = task // num_items
+    columns = items_ptr + (task % num_items).to(gl.int64) * ITEM_COLUMNS
+    end = gl.load(columns + 4)
+    if HAS_LENS:  # lengths on the device: clamped to the capacity the plan was made for
+        end = gl.minimum(end, gl.load(kv_lens_ptr + gl.load(columns)))
+    return columns, kv_head, end
+
+
+@gluon.jit
+def num_blocks(begin, end, BLOCK_N: gl.constexpr):
+    """At least one, so that a segment that is empty on the device needs no path of its own."""
+    return gl.maximum((end - begin + BLOCK_N - 1) // BLOCK_N, 1)
+
+
+@gluon.jit
+def wait_for(ready, block, parity, STAGES: gl.constexpr):
+    """Wait for a slot of a ring; `parity` 0 to read the block, 1 to have the room free for it."""
+    mbarrier.wait(ready.index(block % STAGES), ((block // STAGES) & 1) ^ parity)
+
+
+@gluon.jit
+def fetch(desc, row, column, ring, full, empty, block, STAGES: gl.constexpr):
+    """Bring block number `block` into its slot of the ring once that is free."""
+    wait_for(empty, block, 1, STAGES)
+    slot = block % STAGES
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [row, column], full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def produce(
+    descs, rings, work,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LENS: gl.constexpr,
+):  # fmt: skip
+    """Fetch the keys and values of the program's tasks in the order in which the consumers need them."""
+    k_desc, v_desc, k_slot_rows, v_slot_rows = descs
+    k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
+    items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _ = work
+    done = 0  # blocks of earlier tasks
+    for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
+        columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
+        node_slot = gl.load(columns + 2)
+        begin = gl.load(columns + 3)
+        blocks = num_blocks(begin, end, BLOCK_N)
+        last = begin + (blocks - 1) * BLOCK_N
+        k_row = node_slot * k_slot_rows + last
+        v_row = node_slot * v_slot_rows + last
+        k_column = kv_head * HEAD_DIM
+        v_column = kv_head * HEAD_DIM_V
+        fetch(k_desc, k_row, k_column, k_ring, k_full, k_empty, done, STAGES)
+        for i in range(1, blocks):
+            fetch(k_desc, k_row - i * BLOCK_N, k_column, k_ring, k_full, k_empty, done + i, STAGES)
+            v_before = v_row - (i - 1) * BLOCK_N
+            fetch(v_desc, v_before, v_column, v_ring, v_full, v_empty, done + i - 1, STAGES)
+        v_row -= (blocks - 1) * BLOCK_N
+        fetch(v_desc, v_row, v_column, v_ring, v_full, v_empty, done + blocks - 1, STAGES)
+        done += blocks
+
+
+@gluon.jit
+def softmax_step(scores, running_max, scale_log2):
+    """Fold one block of raw scores into the maximum: (weights, what earlier sums are worth, new maximum)."""
+    new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+    p = gl.exp2(scores * scale_log2 - new_max[:, None])
+    return p, gl.exp2(running_max - new_max), new_max
+
+
+@gluon.jit
+def consume(
+    tensors, rings, work, strides,
+    WHICH: gl.constexpr, GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    Q_SHARED: gl.constexpr, GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr,
+    FINAL: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    """Attend the rows of one consumer of each of the program's tasks."""
+    q_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, q_ring = tensors
+    k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
+    items_ptr, q_token_ptr, kv_lens_ptr, num_tasks, num_items, q_len, scale_log2 = work
+    stride_qb, stride_qt, stride_qh = strides
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM_V, 16])
+    Q_OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SCORES, k_width=2)
+    P_OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    ROWWISE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
+    V_ROWWISE: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 // (HEAD_DIM_V // 8), HEAD_DIM_V // 8], [4, 1], [1, 0]
+    )
+    DTYPE: gl.constexpr = k_ring.dtype
+    Q_LAYOUT: gl.constexpr = ROWWISE if Q_SHARED else Q_OPERAND
+    NUM_Q_HEADS: gl.constexpr = GROUP_SIZE * NUM_KV_HEADS
+    done = 0  # blocks of earlier tasks
+    for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
+        columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
+        begin = gl.load(columns + 3)
+        tok_begin = gl.load(columns + 5)
+        num_tok = gl.load(columns + 6)
+        row_begin = gl.load(columns + 7) + WHICH * ROWS
+        blocks = num_blocks(begin, end, BLOCK_N)
+
+        rows = row_begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
+        local = rows // GROUP_SIZE
+        row_ok = local < num_tok
+        token = tok_begin + local
+        if GATHER_Q:
+            token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
+            row_ok = row_ok & (token >= 0)
+        q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
+        q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE) * stride_qh
+        offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, Q_LAYOUT))
+        q = gl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_ok[:, None], other=0.0)
+        if Q_SHARED:
+            barrier()  # the last task's products with these rows are done in every warp
+            q_ring.index(WHICH).store(q)
+            fence_async_shared()
+            barrier()
+            q = q_ring.index(WHICH)
+
+        # The segment's last block: the only one that can be short.
+        nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=SCORES)
+        wait_for(k_full, done, 0, STAGES)
+        k = k_ring.index(done % STAGES).permute((1, 0))
+        scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(done % STAGES), count=1)
+        left = end - begin - (blocks - 1) * BLOCK_N
+        in_range = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES)) < left
+        scores = gl.where(in_range[None, :], scores, float("-inf"))
+        running_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(1, SCORES))
+        p, _, running_max = softmax_step(scores, running_max, scale_log2)
+        running_sum = gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(DTYPE), P_OPERAND)
+        acc = gl.zeros([ROWS, HEAD_DIM_V], gl.float32, layout=OUT)
+        if left < BLOCK_N:
+            # 0 * NaN is NaN: clear the values past the end. Every consumer writes the same bytes, so they
+            # need not wait for one another.
+            wait_for(v_full, done, 0, STAGES)
+            v = v_ring.index(done % STAGES)
+            v_ok = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, V_ROWWISE)) < left
+            v.store(gl.where(v_ok[:, None], v.load(V_ROWWISE), 0.0).to(DTYPE))
+            fence_async_shared()
+            barrier()
+
+        for block in range(done + 1, done + blocks):
+            wait_for(k_full, block, 0, STAGES)
+            k = k_ring.index(block % STAGES).permute((1, 0))
+            scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+            wait_for(v_full, block - 1, 0, STAGES)
+            queued = warpgroup_mma(weights, v_ring.index((block - 1) % STAGES), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(k_empty.index(block % STAGES), count=1)
+            p, alpha, running_max = softmax_step(scores, running_max, scale_log2)
+            running_sum = running_sum * alpha + gl.sum(p, 1)
+            acc = warpgroup_mma_wait(0, deps=[queued])
+            mbarrier.arrive(v_empty.index((block - 1) % STAGES), count=1)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+            weights = gl.convert_layout(p.to(DTYPE), P_OPERAND)
+        done += blocks
+        wait_for(v_full, done - 1, 0, STAGES)
+        queued = warpgroup_mma(weights, v_ring.index((done - 1) % STAGES), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[queued])
+        mbarrier.arrive(v_empty.index((done - 1) % STAGES), count=1)
+
+        # the same rows once more, as the result is laid out
+        rows = row_begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+        local = rows // GROUP_SIZE
+        row_ok = local < num_tok
+        head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+        offs_dv = gl.arange(0, HEAD_DIM_V, layout=gl.SliceLayout(0, OUT))
+        running_max = gl.convert_layout(running_max, gl.SliceLayout(1, OUT))
+        running_sum = gl.convert_layout(running_sum, gl.SliceLayout(1, OUT))
+        if FINAL:
+            token = tok_begin + local
+            if GATHER_Q:
+                token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
+                row_ok = row_ok & (token >= 0)
+            if HAS_SINKS:
+                sink = gl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(gl.float32)
+                acc, running_max, running_sum = fold_sink(acc, running_max, running_sum, sink)
+            out, lse = finish(acc, running_max, running_sum)
+            out_rows = token.to(gl.int64) * NUM_Q_HEADS + head
+            out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
+            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
+            if HAS_LSE:
+                gl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
+        else:
+            out, lse = finish(acc, running_max, running_sum)
+            part_rows = (gl.load(columns + 8) + local).to(gl.int64) * NUM_Q_HEADS + head
+            part_ptrs = part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
+            gl.store(part_ptrs, out, mask=row_ok[:, None])
+            gl.store(part_lse_ptr + part_rows, lse, mask=row_ok)
+
+
+@gluon.jit
+def attend_prefix(
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
+    items_ptr, q_token_ptr, kv_lens_ptr,
+    num_tasks, num_items, q_len, k_slot_rows, v_slot_rows, scale_log2,
+    stride_qb, stride_qt, stride_qh,
+    GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    Q_SHARED: gl.constexpr, GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr,
+    FINAL: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Attend items of one level of KV: task t is item t % num_items for KV head t // num_items.
+
+    Program i takes tasks i, i + num_programs, ... `k_desc` and `v_desc` describe the level's tensors as [keys
+    of all slots, num_kv_heads * head_dim] in blocks of [BLOCK_N, head_dim]; slot s begins at key s *
+    k_slot_rows, v_slot_rows. A TMA block never reads outside the tensor, but it may read past the segment's
+    end. `scale_log2` must be positive. Everything else is as in kernels/attend.py.
+    """
+    if PDL:
+        # The next launch may take what room this one leaves, as soon as all of this one is placed.
+        gdc_launch_dependents()
+    DTYPE: gl.constexpr = k_desc.dtype
+    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM_V], v_desc.layout)
+    if Q_SHARED:
+        q_ring = gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, HEAD_DIM], k_desc.layout)
+    else:
+        q_ring = k_ring
+    BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    rings = (k_ring, v_ring, k_full, k_empty, v_full, v_empty)
+    tensors = (q_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, q_ring)
+    work = (items_ptr, q_token_ptr, kv_lens_ptr, num_tasks, num_items, q_len, scale_log2)
+    strides = (stride_qb, stride_qt, stride_qh)
+    descs = (k_desc, v_desc, k_slot_rows, v_slot_rows)
+    # Constants stay constants only where a call's arguments are written out.
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consume, (
+                tensors, rings, work, strides, 0, GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
+                STAGES, Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE,
+            )),
+            (consume, (
+                tensors, rings, work, strides, 1, GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
+                STAGES, Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE,
+            )),
+            (produce, (descs, rings, work, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, HAS_LENS)),
+        ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (
+                tensors, rings, work, strides, 0, GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
+                STAGES, Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE,
+            )),
+            (produce, (descs, rings, work, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, HAS_LENS)),
+        ], [1], [24])  # fmt: skip
+    if PDL:
+        # The merge waits for the launch before it only: so no launch may end before the one before it has.
+        if gl.program_id(0) == gl.num_programs(0) - 1:
+            gdc_wait()
