@@ -135,6 +135,16 @@ def consume(
         num_tok = gl.load(columns + 6)
         row_begin = gl.load(columns + 7) + WHICH * ROWS
         blocks = num_blocks(begin, end, BLOCK_N)
+        left = end - begin - (blocks - 1) * BLOCK_N  # keys in the last block: the only one that can be short
+        if left < BLOCK_N:
+            # 0 * NaN is NaN: clear the values past the end. Every consumer writes the same bytes, so they
+            # need not wait for one another.
+            wait_for(v_full, done, 0, STAGES)
+            v = v_ring.index(done % STAGES)
+            v_ok = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, V_ROWWISE)) < left
+            v.store(gl.where(v_ok[:, None], v.load(V_ROWWISE), 0.0).to(DTYPE))
+            fence_async_shared()
+            barrier()
 
         rows = row_begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
         local = rows // GROUP_SIZE
@@ -154,14 +164,13 @@ def consume(
             barrier()
             q = q_ring.index(WHICH)
 
-        # The segment's last block: the only one that can be short.
+        # The segment's last block.
         nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=SCORES)
         wait_for(k_full, done, 0, STAGES)
         k = k_ring.index(done % STAGES).permute((1, 0))
         scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(done % STAGES), count=1)
-        left = end - begin - (blocks - 1) * BLOCK_N
         in_range = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES)) < left
         scores = gl.where(in_range[None, :], scores, float("-inf"))
         running_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(1, SCORES))
@@ -169,15 +178,6 @@ def consume(
         running_sum = gl.sum(p, 1)
         weights = gl.convert_layout(p.to(DTYPE), P_OPERAND)
         acc = gl.zeros([ROWS, HEAD_DIM_V], gl.float32, layout=OUT)
-        if left < BLOCK_N:
-            # 0 * NaN is NaN: clear the values past the end. Every consumer writes the same bytes, so they
-            # need not wait for one another.
-            wait_for(v_full, done, 0, STAGES)
-            v = v_ring.index(done % STAGES)
-            v_ok = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, V_ROWWISE)) < left
-            v.store(gl.where(v_ok[:, None], v.load(V_ROWWISE), 0.0).to(DTYPE))
-            fence_async_shared()
-            barrier()
 
         for block in range(done + 1, done + blocks):
             wait_for(k_full, block, 0, STAGES)
