@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
     {"lengths"},
     {"kv"},
     {"merging", "tuning"},
+    {"prefix_tiles"},
     {"kernels"},
     {"tree"},
     {"radix", "tree_changes", "tree_levels", "tree_text"},

@@ -9,11 +9,12 @@ them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hydragen.host_ints import IntArray
+from hydragen.prefix_tiles import MIN_ROWS, PrefixTile, prefix_tile_for
 from hydragen.target import Target
 
 
@@ -38,6 +39,8 @@ class Tile:
         needs, or spills a little to fit more programs. On sm_90, 152 for the 128-row tile of 256 threads
         leave room for two 16-row programs of 64 threads and 192 registers beside it, which is what makes
         launches overlap.
+    prefix : PrefixTile or None
+        The specialised tile that serves the same rows where it can; this one serves the rest.
     """
 
     block_m: int
@@ -47,6 +50,12 @@ class Tile:
     loop_tail: bool = False
     resident: int = 1
     registers: int = 255
+    prefix: PrefixTile | None = None
+
+    @property
+    def step(self) -> int:
+        """Keys per step of whichever tile runs: splits are multiples of it."""
+        return self.block_n if self.prefix is None else max(self.block_n, self.prefix.block_n)
 
     def max_registers(self, plain: bool) -> int:
         """Return the cap for a launch; `plain` decoding is contiguous and without masks."""
@@ -158,6 +167,22 @@ def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: flo
     return shared < alone and int((kv_lens * blocks).sum()) <= 4096 * target.num_sms
 
 
+def specialise(
+    tiles: tuple[Tile, ...], chosen: IntArray, rows: IntArray, head_dim: int, head_dim_v: int, itemsize: int,
+    target: Target,
+) -> tuple[tuple[Tile, ...], IntArray]:  # fmt: skip
+    """Return the tiles and each segment's choice once the largest segments have a specialised tile.
+
+    Where there is one for this device and these sizes, it is the last of the tiles: the one launched first.
+    """
+    special = prefix_tile_for(target.arch, head_dim, head_dim_v, itemsize)
+    large = rows >= MIN_ROWS
+    if special is None or not large.any():
+        return tiles, chosen
+    plain = next(tile for tile in tiles if tile.block_m == special.block_m)
+    return (*tiles, replace(plain, prefix=special)), np.where(large, len(tiles), chosen)
+
+
 def heads_per_program(
     num_tok: IntArray,
     kv_lens: IntArray,
@@ -203,7 +228,7 @@ def split_size(
     seconds_per_split: float,
     beside: float,
 ) -> int:
-    """Return the most keys that one program attends to, a multiple of `tile.block_n`.
+    """Return the most keys that one program attends to, a multiple of `tile.step`.
 
     A small batch over a long prefix leaves most of the device idle unless the prefix is split over programs;
     but every split costs a partial per row.
@@ -230,8 +255,8 @@ def split_size(
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
     best, best_time = longest, float("inf")
     for num_splits in range(1, 129):
-        size = math.ceil(longest / num_splits / tile.block_n) * tile.block_n
-        if num_splits > 1 and size < 4 * tile.block_n:
+        size = math.ceil(longest / num_splits / tile.step) * tile.step
+        if num_splits > 1 and size < 4 * tile.step:
             break
         splits = -(-kv_lens // size)
         total = int((programs * splits).sum())
@@ -245,4 +270,4 @@ def split_size(
         time = max(busy, beside) + num_splits * seconds_per_split
         if time < best_time * 0.97:
             best, best_time = size, time
-    return -(-best // tile.block_n) * tile.block_n
+    return -(-best // tile.step) * tile.step

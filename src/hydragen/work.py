@@ -6,7 +6,7 @@ plan is then made for the capacities, and the kernels clamp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from hydragen.tuning import (
     choose_tiles,
     heads_per_program,
     prefer_medium,
+    specialise,
     split_size,
     tiles_for,
 )
@@ -115,6 +116,8 @@ def find_segments(
         compute, alone = flops[largest].sum() / target.flops, traffic[~largest].sum()
         if prefer_medium(kv_len[largest], blocks, compute, alone, target):
             tile[largest] -= 1
+    if not batch_invariant:
+        tiles, tile = specialise(tiles, tile, rows, heads.head_dim, heads.head_dim_v, heads.itemsize, target)
     size, together = np.ones_like(kv_len), np.ones_like(kv_len)
     for index in np.unique(tile):
         chosen = tile == index
@@ -178,11 +181,7 @@ def lay_out_work(
     final = may_be_final and bool((partials_per_token == 1).all())
 
     launches = []
-    # The largest tiles first: they are bound by compute, and what follows fills the room they leave.
-    for index, tile in reversed(list(enumerate(tiles))):
-        chosen = np.flatnonzero(segments.tile[split_of] == index)
-        if chosen.size == 0:
-            continue
+    for tile, chosen in _groups(tiles, segments.tile[split_of], nodes.level[node]):
         # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay
         # together
         chosen = chosen[np.argsort(begin[chosen] - end[chosen], kind="stable")]
@@ -218,6 +217,23 @@ def lay_out_work(
         indptr.astype(np.int32),
         order.astype(np.int32),
     )
+
+
+def _groups(
+    tiles: tuple[Tile, ...], tile_of: IntArray, level_of: IntArray
+) -> Iterator[tuple[Tile, IntArray]]:
+    """Yield what each launch attends to: the splits of one tile; of one level where the tile reads only one.
+
+    The largest tiles first: they are bound by compute, and what follows fills the room they leave.
+    """
+    for index, tile in reversed(list(enumerate(tiles))):
+        chosen = np.flatnonzero(tile_of == index)
+        if tile.prefix is None:
+            levels = [chosen] if chosen.size else []
+        else:
+            levels = [chosen[level_of[chosen] == level] for level in np.unique(level_of[chosen])]
+        for group in levels:
+            yield tile, group
 
 
 def _expand(counts: IntArray) -> tuple[IntArray, IntArray]:

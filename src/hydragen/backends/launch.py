@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydragen.kernels.attend import attend
 
+LOG2_E = 1.4426950408889634
 INTERPRET = not isinstance(attend, triton.JITFunction)
 
 # Compiled kernels by everything that Triton specialises on: another plan of the same kind finds them here.

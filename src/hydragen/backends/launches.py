@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hydragen.backends.launch import INTERPRET, Launcher
+from hydragen.backends.launch import INTERPRET, LOG2_E, Launcher
+from hydragen.backends.prefix import PrefixLauncher, prefix_launcher, serves
 from hydragen.backends.tokens import Tokens
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
@@ -14,7 +15,6 @@ from hydragen.tuning import merge_registers
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
-LOG2_E = 1.4426950408889634
 # A factor that is 0 in float32 must not meet a masked logit: 0 times -inf is NaN.
 _SMALLEST = 1.2e-38
 MERGE_HEADS = 8
@@ -31,7 +31,7 @@ def padded(size: int, itemsize: int) -> int:
     return max(16 if INTERPRET or itemsize == 4 else 64, 1 << (size - 1).bit_length())
 
 
-def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> Launcher:
+def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> Launcher | PrefixLauncher:
     """Return the launch of one kind of tile; its tensors are those of `kernels.attend.attend`, in order."""
     q, nodes, heads, options, pages = call.q, call.nodes, plan.heads, call.options, call.nodes.pages
     launch = plan.work.launches[index]
@@ -88,7 +88,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         INTERPRET,
     )
     plain = contiguous and not masked and not capped and not final
-    return Launcher(
+    launcher = Launcher(
         attend,
         (launch.items.shape[0] * (heads.num_kv_heads // launch.heads), 1, 1),
         numbers,
@@ -101,6 +101,9 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         },
         _kinds(call),
     )
+    if serves(plan, call, tokens, launch):
+        return prefix_launcher(plan, call, tokens, launch, launcher, pdl, index > 0, _kinds(call))
+    return launcher
 
 
 def merge_launcher(plan: WorkPlan, call: Call, tokens: Tokens) -> Launcher:

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydragen.backends.launch import INTERPRET, Launcher, alignment
-from hydragen.backends.launches import LOG2_E, attend_launcher, merge_launcher
+from hydragen.backends.launch import INTERPRET, LOG2_E, Launcher, alignment
+from hydragen.backends.launches import attend_launcher, merge_launcher
+from hydragen.backends.prefix import PrefixLauncher
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.backends.uploads import Uploaded
 from hydragen.types import AttentionState
@@ -131,7 +132,9 @@ def _table_arrays(plan: WorkPlan) -> list[NDArray[np.int32]]:
     return [*(launch.items for launch in work.launches), work.merge_indptr, work.merge_indices]
 
 
-def _launchers(plan: WorkPlan, call: Call, tokens: Tokens) -> tuple[tuple[Launcher, ...], Launcher | None]:
+def _launchers(
+    plan: WorkPlan, call: Call, tokens: Tokens
+) -> tuple[tuple[Launcher | PrefixLauncher, ...], Launcher | None]:
     """Return the launches of calls like this one, made the first time."""
     q, nodes, options, pages = call.q, call.nodes, call.options, call.nodes.pages
     key: tuple[Any, ...] = (
@@ -147,7 +150,7 @@ def _launchers(plan: WorkPlan, call: Call, tokens: Tokens) -> tuple[tuple[Launch
         tokens.q_pos is None,
         tokens.kv_lens is None,
     )
-    found: tuple[tuple[Launcher, ...], Launcher | None] | None = plan.uploads.get(key)
+    found: tuple[tuple[Launcher | PrefixLauncher, ...], Launcher | None] | None = plan.uploads.get(key)
     if found is None:
         launches = range(len(plan.work.launches))
         attends = tuple(attend_launcher(plan, call, tokens, index) for index in launches)

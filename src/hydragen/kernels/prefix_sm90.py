@@ -14,85 +14,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attend import ITEM_COLUMNS
+from .fetch_sm90 import locate, num_blocks, produce, wait_for
 from .primitives import LN_2, LOWEST, finish, fold_sink
 
 # Rows of a consumer: the rows of one wgmma instruction.
 ROWS = gl.constexpr(64)
+# Of each thread of the producer's warps: addresses and counters only.
+PRODUCER_REGISTERS = gl.constexpr(24)
 # The barrier of a partition's threads was renamed in Triton 3.7.
-if hasattr(gl, "thread_barrier"):
-    barrier = gl.thread_barrier
-else:
-    barrier = gl.barrier
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
+# How a block of keys or values lies in shared memory, as wgmma reads it.
+BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 
-@gluon.jit
-def locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS: gl.constexpr):
-    """What task `task` of the launch attends to: its row of the work table, its KV head and last key."""
-    kv_head = task // num_items
-    columns = items_ptr + (task % num_items).to(gl.int64) * ITEM_COLUMNS
-    end = gl.load(columns + 4)
-    if HAS_LENS:  # lengths on the device: clamped to the capacity the plan was made for
-        end = gl.minimum(end, gl.load(kv_lens_ptr + gl.load(columns)))
-    return columns, kv_head, end
-
-
-@gluon.jit
-def num_blocks(begin, end, BLOCK_N: gl.constexpr):
-    """At least one, so that a segment that is empty on the device needs no path of its own."""
-    return gl.maximum((end - begin + BLOCK_N - 1) // BLOCK_N, 1)
-
-
-@gluon.jit
-def wait_for(ready, block, parity, STAGES: gl.constexpr):
-    """Wait for a slot of a ring; `parity` 0 to read the block, 1 to have the room free for it."""
-    mbarrier.wait(ready.index(block % STAGES), ((block // STAGES) & 1) ^ parity)
-
-
-@gluon.jit
-def fetch(desc, row, column, ring, full, empty, block, STAGES: gl.constexpr):
-    """Bring block number `block` into its slot of the ring once that is free."""
-    wait_for(empty, block, 1, STAGES)
-    slot = block % STAGES
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [row, column], full.index(slot), ring.index(slot))
-
-
-@gluon.jit
-def produce(
-    descs, rings, work,
-    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_LENS: gl.constexpr,
-):  # fmt: skip
-    """Fetch the keys and values of the program's tasks in the order in which the consumers need them."""
-    k_desc, v_desc, k_slot_rows, v_slot_rows = descs
-    k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
-    items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _ = work
-    done = 0  # blocks of earlier tasks
-    for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
-        columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
-        node_slot = gl.load(columns + 2)
-        begin = gl.load(columns + 3)
-        blocks = num_blocks(begin, end, BLOCK_N)
-        last = begin + (blocks - 1) * BLOCK_N
-        k_row = node_slot * k_slot_rows + last
-        v_row = node_slot * v_slot_rows + last
-        k_column = kv_head * HEAD_DIM
-        v_column = kv_head * HEAD_DIM_V
-        fetch(k_desc, k_row, k_column, k_ring, k_full, k_empty, done, STAGES)
-        for i in range(1, blocks):
-            fetch(k_desc, k_row - i * BLOCK_N, k_column, k_ring, k_full, k_empty, done + i, STAGES)
-            v_before = v_row - (i - 1) * BLOCK_N
-            fetch(v_desc, v_before, v_column, v_ring, v_full, v_empty, done + i - 1, STAGES)
-        v_row -= (blocks - 1) * BLOCK_N
-        fetch(v_desc, v_row, v_column, v_ring, v_full, v_empty, done + blocks - 1, STAGES)
-        done += blocks
+__all__ = ["BLOCK_LAYOUT", "TensorDescriptor", "attend_prefix"]
 
 
 @gluon.jit
@@ -104,18 +45,25 @@ def softmax_step(scores, running_max, scale_log2):
 
 
 @gluon.jit
-def consume(
-    tensors, rings, work, strides,
-    WHICH: gl.constexpr, GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    Q_SHARED: gl.constexpr, GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr,
-    FINAL: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr,
-):  # fmt: skip
+def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.constexpr, FLAGS: gl.constexpr):
     """Attend the rows of one consumer of each of the program's tasks."""
     q_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, q_ring = tensors
     k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
     items_ptr, q_token_ptr, kv_lens_ptr, num_tasks, num_items, q_len, scale_log2 = work
     stride_qb, stride_qt, stride_qh = strides
+    GROUP_SIZE: gl.constexpr = SIZES[0]
+    NUM_Q_HEADS: gl.constexpr = SIZES[0] * SIZES[1]
+    HEAD_DIM: gl.constexpr = SIZES[2]
+    HEAD_DIM_V: gl.constexpr = SIZES[3]
+    BLOCK_N: gl.constexpr = SIZES[4]
+    STAGES: gl.constexpr = SIZES[5]
+    Q_SHARED: gl.constexpr = FLAGS[0]
+    GATHER_Q: gl.constexpr = FLAGS[1]
+    HAS_LENS: gl.constexpr = FLAGS[2]
+    FINAL: gl.constexpr = FLAGS[3]
+    HAS_SINKS: gl.constexpr = FLAGS[4]
+    HAS_LSE: gl.constexpr = FLAGS[5]
+    DTYPE: gl.constexpr = k_ring.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM_V, 16])
     Q_OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SCORES, k_width=2)
@@ -124,9 +72,7 @@ def consume(
     V_ROWWISE: gl.constexpr = gl.BlockedLayout(
         [1, 8], [32 // (HEAD_DIM_V // 8), HEAD_DIM_V // 8], [4, 1], [1, 0]
     )
-    DTYPE: gl.constexpr = k_ring.dtype
     Q_LAYOUT: gl.constexpr = ROWWISE if Q_SHARED else Q_OPERAND
-    NUM_Q_HEADS: gl.constexpr = GROUP_SIZE * NUM_KV_HEADS
     done = 0  # blocks of earlier tasks
     for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
         columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
@@ -273,27 +219,27 @@ def attend_prefix(
     work = (items_ptr, q_token_ptr, kv_lens_ptr, num_tasks, num_items, q_len, scale_log2)
     strides = (stride_qb, stride_qt, stride_qh)
     descs = (k_desc, v_desc, k_slot_rows, v_slot_rows)
-    # Constants stay constants only where a call's arguments are written out.
+    SIZES: gl.constexpr = (GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES)
+    FLAGS: gl.constexpr = (Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE)
     if CONSUMERS == 2:
-        gl.warp_specialize([
-            (consume, (
-                tensors, rings, work, strides, 0, GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-                STAGES, Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE,
-            )),
-            (consume, (
-                tensors, rings, work, strides, 1, GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-                STAGES, Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE,
-            )),
-            (produce, (descs, rings, work, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, HAS_LENS)),
-        ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (consume, (tensors, rings, work, strides, 0, SIZES, FLAGS)),
+                (consume, (tensors, rings, work, strides, 1, SIZES, FLAGS)),
+                (produce, (descs, rings, work, SIZES, HAS_LENS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
     else:
-        gl.warp_specialize([
-            (consume, (
-                tensors, rings, work, strides, 0, GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
-                STAGES, Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE,
-            )),
-            (produce, (descs, rings, work, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, HAS_LENS)),
-        ], [1], [24])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (consume, (tensors, rings, work, strides, 0, SIZES, FLAGS)),
+                (produce, (descs, rings, work, SIZES, HAS_LENS)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )
     if PDL:
         # The merge waits for the launch before it only: so no launch may end before the one before it has.
         if gl.program_id(0) == gl.num_programs(0) - 1:

@@ -1,0 +1,159 @@
+"""Launching the specialised tile of kernels/prefix_sm90.py: what it can serve, and its tensor descriptors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from hydragen.backends.launch import LOG2_E, Launcher
+from hydragen.backends.tokens import Tokens
+from hydragen.kv import NodeKV, Strides
+from hydragen.prefix_tiles import PrefixTile
+from hydragen.queries import Heads
+from hydragen.validation import Call
+from hydragen.work import Launch, WorkPlan
+
+try:  # Gluon is an experimental part of Triton: where its names differ, the plain tile serves everything
+    from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, TensorDescriptor, attend_prefix
+except (ImportError, AttributeError) as error:  # pragma: no cover
+    WHY_NOT: str | None = f"{type(error).__name__}: {error}"
+else:
+    WHY_NOT = None
+
+
+class PrefixLauncher:
+    """A launch of the specialised tile over one level of KV; `plain` steps in for addresses it cannot take.
+
+    Descriptors are made on the host, at each call, since they hold the tensors' addresses: a captured graph
+    keeps them as it keeps addresses.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        plain: Launcher,
+        level: int,
+        tile: PrefixTile,
+        strides: tuple[Strides, Strides],
+    ) -> None:
+        self._launcher, self._plain, self._level = launcher, plain, level
+        self._tile, self._strides = tile, strides
+        self._descriptors: dict[int, Any] = {}
+
+    def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
+        """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them."""
+        q, ks, vs, out, lse, part_out, part_lse, sinks, items, token, _, _, kv_lens, _ = tensors
+        k, v = ks[self._level], vs[self._level]
+        if k.data_ptr() % 16 or v.data_ptr() % 16:
+            self._plain(tensors, aligned)
+            return
+        descriptors = (self._descriptor(0, k), self._descriptor(1, v))
+        self._launcher((q, *descriptors, out, lse, part_out, part_lse, sinks, items, token, kv_lens), aligned)
+
+    def _descriptor(self, side: int, x: Tensor) -> Any:
+        """Describe k (0) or v (1) as [keys of all slots, num_kv_heads * head_dim]."""
+        slot, row, head, _ = self._strides[side]
+        tokens = x.shape[-3]
+        rows = tokens if x.dim() == 3 or x.shape[0] == 1 else (x.shape[0] - 1) * (slot // row) + tokens
+        shape = [rows, x.shape[-2] * head]
+        found = self._descriptors.get(side)
+        if found is None or found.shape != shape:
+            block = [self._tile.block_n, head]
+            found = TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)
+            self._descriptors[side] = found
+        # Making one checks for microseconds what cannot have changed.
+        described = copy.copy(found)
+        described.base = x
+        found.base = None
+        return described
+
+
+def serves(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch) -> bool:
+    """Whether the specialised tile can do a launch of this call: rows of heads end to end, nothing masked."""
+    options, nodes, heads = call.options, call.nodes, plan.heads
+    if launch.tile.prefix is None or WHY_NOT is not None or plan.target.arch != 90:
+        return False
+    if tokens.q_pos is not None or options.softcap is not None or options.scale <= 0:
+        return False
+    if nodes.pages is not None or call.q.stride(-1) != 1:
+        return False
+    level = int(launch.items[0, 1])
+    sizes = ((nodes.k_strides[level], heads.head_dim), (nodes.v_strides[level], heads.head_dim_v))
+    return all(_describable(strides, size, heads, nodes, level) for strides, size in sizes)
+
+
+def _describable(strides: Strides, size: int, heads: Heads, nodes: NodeKV, level: int) -> bool:
+    slot, row, head, dim = strides
+    one_slot = not nodes.packed[level] and nodes.k[level].shape[0] == 1
+    even = row % 8 == 0 and row >= heads.num_kv_heads * size  # steps of 16 bytes
+    return size in (64, 128) and head == size and dim == 1 and even and (one_slot or slot % row == 0)
+
+
+def prefix_launcher(
+    plan: WorkPlan,
+    call: Call,
+    tokens: Tokens,
+    launch: Launch,
+    plain: Launcher,
+    pdl: bool,
+    waits: bool,
+    kinds: Any,
+) -> PrefixLauncher:
+    """Return the launch of the specialised tile.
+
+    Parameters
+    ----------
+    plan, call, tokens, launch
+        As `serves` has approved them.
+    plain : Launcher
+        The same work on the plain tile.
+    pdl, waits : bool
+        Whether launches overlap, and whether this one follows another of the same call.
+    kinds : what else decides the compiled code
+    """
+    tile = launch.tile.prefix
+    if tile is None or WHY_NOT is not None:
+        raise ImportError(f"this Triton has no Gluon as kernels/prefix_sm90.py needs it: {WHY_NOT}")
+    q, heads, options, final = call.q, plan.heads, call.options, plan.work.final
+    level = int(launch.items[0, 1])
+    k_strides, v_strides = call.nodes.k_strides[level], call.nodes.v_strides[level]
+    num_tasks = launch.items.shape[0] * heads.num_kv_heads
+    numbers = (
+        num_tasks,
+        launch.items.shape[0],
+        q.shape[1] if q.dim() == 4 else 1,
+        k_strides[0] // k_strides[1],
+        v_strides[0] // v_strides[1],
+        options.scale * LOG2_E,
+        q.stride(0),
+        q.stride(1) if q.dim() == 4 else 0,
+        q.stride(-2),
+    )
+    constants = (
+        heads.group_size,
+        heads.num_kv_heads,
+        heads.head_dim,
+        heads.head_dim_v,
+        tile.block_n,
+        tile.num_stages,
+        tile.consumers,
+        tile.consumer_registers,
+        tile.q_shared,
+        tokens.token is not None,  # GATHER_Q
+        tokens.kv_lens is not None,  # HAS_LENS
+        final,  # FINAL
+        options.sinks is not None and final,  # HAS_SINKS
+        options.return_lse,  # HAS_LSE
+        pdl,  # PDL
+    )
+    launcher = Launcher(
+        attend_prefix,
+        (tile.num_programs(num_tasks, plan.target.num_sms), 1, 1),
+        numbers,
+        constants,
+        {"num_warps": 4, "maxnreg": tile.registers, "launch_pdl": pdl and waits},
+        kinds,
+    )
+    return PrefixLauncher(launcher, plain, level, tile, (k_strides, v_strides))

@@ -1,0 +1,75 @@
+"""Keys and values on their way into shared memory: the producer warp of kernels/prefix_sm90.py.
+
+Blocks travel by TMA into two rings of STAGES slots, one of keys and one of values. A block's number counts
+all blocks that a program has had in its ring, over all its tasks: it gives the slot, and the parity of the
+two barriers that say whether the slot is full, or empty again.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from .attend import ITEM_COLUMNS
+
+
+@gluon.jit
+def locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS: gl.constexpr):
+    """What task `task` of the launch attends to: its row of the work table, its KV head and last key."""
+    kv_head = task // num_items
+    columns = items_ptr + (task % num_items).to(gl.int64) * ITEM_COLUMNS
+    end = gl.load(columns + 4)
+    if HAS_LENS:  # lengths on the device: clamped to the capacity the plan was made for
+        end = gl.minimum(end, gl.load(kv_lens_ptr + gl.load(columns)))
+    return columns, kv_head, end
+
+
+@gluon.jit
+def num_blocks(begin, end, BLOCK_N: gl.constexpr):
+    """At least one, so that a segment that is empty on the device needs no path of its own."""
+    return gl.maximum((end - begin + BLOCK_N - 1) // BLOCK_N, 1)
+
+
+@gluon.jit
+def wait_for(ready, block, parity, STAGES: gl.constexpr):
+    """Wait for a slot of a ring; `parity` 0 to read the block, 1 to have the room free for it."""
+    mbarrier.wait(ready.index(block % STAGES), ((block // STAGES) & 1) ^ parity)
+
+
+@gluon.jit
+def fetch(desc, row, column, ring, full, empty, block, STAGES: gl.constexpr):
+    """Bring block number `block` into its slot of the ring once that is free."""
+    wait_for(empty, block, 1, STAGES)
+    slot = block % STAGES
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [row, column], full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def produce(descs, rings, work, SIZES: gl.constexpr, HAS_LENS: gl.constexpr):
+    """Fetch the keys and values of the program's tasks in the order in which the consumers need them."""
+    k_desc, v_desc, k_slot_rows, v_slot_rows = descs
+    k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
+    items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _ = work
+    HEAD_DIM: gl.constexpr = SIZES[2]
+    HEAD_DIM_V: gl.constexpr = SIZES[3]
+    BLOCK_N: gl.constexpr = SIZES[4]
+    STAGES: gl.constexpr = SIZES[5]
+    done = 0  # blocks of earlier tasks
+    for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
+        columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
+        node_slot = gl.load(columns + 2)
+        begin = gl.load(columns + 3)
+        blocks = num_blocks(begin, end, BLOCK_N)
+        last = begin + (blocks - 1) * BLOCK_N
+        k_row = node_slot * k_slot_rows + last
+        v_row = node_slot * v_slot_rows + last
+        k_column = kv_head * HEAD_DIM
+        v_column = kv_head * HEAD_DIM_V
+        fetch(k_desc, k_row, k_column, k_ring, k_full, k_empty, done, STAGES)
+        for i in range(1, blocks):
+            fetch(k_desc, k_row - i * BLOCK_N, k_column, k_ring, k_full, k_empty, done + i, STAGES)
+            v_before = v_row - (i - 1) * BLOCK_N
+            fetch(v_desc, v_before, v_column, v_ring, v_full, v_empty, done + i - 1, STAGES)
+        v_row -= (blocks - 1) * BLOCK_N
+        fetch(v_desc, v_row, v_column, v_ring, v_full, v_empty, done + blocks - 1, STAGES)
+        done += blocks

@@ -1,0 +1,82 @@
+"""How the specialised tile of kernels/prefix_sm90.py may be launched, and which segments it serves.
+
+A pure function of the problem, like tuning.py. Each entry of PREFIX_TILES compiles without spills
+(`ci/compile_gate.py`). What matters beside its speed alone is the room that a program leaves on its
+multiprocessor of 65,536 registers and 227 KB: a suffix program of 64 threads takes 11,264 registers at 176 a
+thread, and 37 KB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The specialised tile pays from here on: below, most rows of its two consumers would be padding.
+MIN_ROWS = 256
+
+
+@dataclass(frozen=True)
+class PrefixTile:
+    """One way to launch the specialised tile: a producer warp and `consumers` x 64 query rows.
+
+    Attributes
+    ----------
+    block_n, num_stages : int
+        Keys per step, and steps of keys and values in shared memory.
+    consumers : int
+        Warpgroups of 64 rows each: 1 or 2.
+    registers, consumer_registers : int
+        Per thread: of the launch (128 threads per consumer, 128 for the producer and its idle neighbours),
+        and of the consumers once the producer has given away its own.
+    q_shared : bool
+        Queries wait in shared memory, 16 KB per consumer at head_dim 128, and not in 32 registers.
+    persistent : bool
+        As many programs as fit at once, each with several tasks: what is launched next begins right away.
+    """
+
+    block_n: int
+    num_stages: int
+    consumers: int
+    registers: int
+    consumer_registers: int
+    q_shared: bool = False
+    persistent: bool = False
+
+    @property
+    def block_m(self) -> int:
+        """Query rows per program."""
+        return 64 * self.consumers
+
+    def num_programs(self, num_tasks: int, num_sms: int) -> int:
+        """Return the programs for `num_tasks`: one each, or an even share each of what one wave holds."""
+        if not self.persistent:
+            return num_tasks
+        return -(-num_tasks // -(-num_tasks // num_sms))
+
+
+# name -> tile; in brackets registers and KB of shared memory left beside one program at head_dim 128
+PREFIX_TILES: dict[str, PrefixTile] = {
+    "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: nothing fits beside it
+    "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True),  # [13,312; 66]: one suffix program
+    "narrow+1": PrefixTile(64, 3, 2, 128, 176),  # [16,384; 130]: one
+    "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True),  # [25,600; 98]: two
+    "single": PrefixTile(64, 3, 1, 128, 232),  # [32,768; 130]: two, or a second program of its own
+}
+
+# Which tile serves a shape: (head_dim, head_dim_v) -> name. Empty until measured: the plain tile serves all.
+_CHOSEN: dict[tuple[int, int], str] = {}
+
+
+def prefix_tile_for(arch: int, head_dim: int, head_dim_v: int, itemsize: int) -> PrefixTile | None:
+    """Return the tile for shared segments of MIN_ROWS query rows and more; None: the plain one.
+
+    Parameters
+    ----------
+    arch : int
+        Compute capability times ten: only 90 has these instructions.
+    head_dim, head_dim_v : int
+        64 or 128 each.
+    itemsize : int
+        Bytes per element: 2.
+    """
+    name = _CHOSEN.get((head_dim, head_dim_v))
+    return None if name is None or arch != 90 or itemsize != 2 else PREFIX_TILES[name]
