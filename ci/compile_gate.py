@@ -2,8 +2,8 @@
 
 For sm_80, sm_90 and sm_100 (or the architectures given as arguments): no register spills, no stack, shared
 memory within the limit, and the right matrix instruction: wgmma on sm_90 and tcgen05 on sm_100 for tiles of
-64 rows and more, mma.sync for the 16-row tile and on sm_80. Uses the Triton that is installed and the
-assembler it bundles.
+64 rows and more, mma.sync for the 16-row tile and on sm_80; for the specialised prefix tile of sm_90 also TMA
+and the hand-over of registers. Uses the Triton that is installed and the assembler it bundles.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from hydragen.backends.launches import MERGE_HEADS, MERGE_UNROLL, padded
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
+from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
+from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.target import Target
 from hydragen.tuning import Tile, merge_registers, tiles_for
 
@@ -44,6 +47,12 @@ VARIANTS: dict[str, dict[str, int]] = {
     "small pages": {"PAGE_SIZE": 1, "HAS_LENS": True},  # a page for every key
     "large pages": {"PAGE_SIZE": 64, "HAS_LENS": True},  # a page for every step
 }
+# The same for the specialised prefix tile, which serves fewer kinds of call.
+PREFIX_VARIANTS: dict[str, dict[str, int]] = {
+    "decode": {},
+    "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
+    "gathered": {"GATHER_Q": True, "HAS_LENS": True},
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,17 @@ class Case:
     arch: int
     dtype: str
     head_dim: int
-    tile: Tile | None  # None: the merge
+    tile: Tile | PrefixTile | None  # None: the merge
     variant: str
 
     def __str__(self) -> str:
         tile = self.tile
-        shape = (
-            "merge" if tile is None else f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
-        )
+        if tile is None:
+            shape = "merge"
+        elif isinstance(tile, PrefixTile):
+            shape = f"prefix {next(name for name, other in PREFIX_TILES.items() if other == tile)}"
+        else:
+            shape = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
         return f"sm_{self.arch} {self.dtype} head_dim {self.head_dim} {shape} {self.variant}"
 
 
@@ -75,6 +87,13 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
                     for tile in tiles_for(target, size, size, itemsize):
                         found += [Case(arch, dtype, size, tile, variant) for variant in VARIANTS]
             found.append(Case(arch, "bf16", head_dim, None, "decode"))
+    if 90 in architectures:
+        found += [
+            Case(90, dtype, head_dim, tile, variant)
+            for tile in PREFIX_TILES.values()
+            for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp16", 128))
+            for variant in (PREFIX_VARIANTS if dtype == "bf16" else ["decode"])
+        ]
     return found
 
 
@@ -95,6 +114,8 @@ def compile_case(case: Case) -> Any:
         types: dict[str, Any] = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
         registers = merge_registers(Target(case.arch, 132, 1.0, 1.0)) or None
         return _compile(merge, constants, types, case.arch, 4, 3, registers)
+    if isinstance(case.tile, PrefixTile):
+        return _compile_prefix(case, case.tile)
     tile = case.tile
     variant = VARIANTS[case.variant]
     itemsize = 4 if case.dtype == "fp32" else 2
@@ -125,6 +146,19 @@ def compile_case(case: Case) -> Any:
     return _compile(
         attend, constants, types, case.arch, tile.num_warps, tile.num_stages, tile.max_registers(not variant)
     )
+
+
+def _compile_prefix(case: Case, tile: PrefixTile) -> Any:
+    on = {"FINAL": False, "HAS_SINKS": False, "HAS_LSE": False, "GATHER_Q": False, "HAS_LENS": False}
+    constants = on | PREFIX_VARIANTS[case.variant] | {
+        "q_len": 1, "GROUP_SIZE": GROUP_SIZE, "NUM_KV_HEADS": NUM_KV_HEADS, "HEAD_DIM": case.head_dim,
+        "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
+        "CONSUMERS": tile.consumers, "CONSUMER_REGISTERS": tile.consumer_registers, "Q_SHARED": tile.q_shared, "PDL": True,
+    }  # fmt: skip
+    pointer, block = f"*{case.dtype}", f"{case.dtype}[{tile.block_n}, {case.head_dim}]"
+    types: dict[str, Any] = {"q_ptr": pointer, "out_ptr": pointer, "sinks_ptr": pointer}
+    types["k_desc"] = types["v_desc"] = f"tensordesc<{block},{BLOCK_LAYOUT!r}>"
+    return _compile(attend_prefix, constants, types, case.arch, 4, 3, tile.registers)
 
 
 def _compile(
@@ -158,7 +192,8 @@ def _compile(
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     if registers is not None:
         options["maxnreg"] = registers
-    source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    kind_of_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind_of_source(kernel, signature=signature, constexprs=fixed, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -188,19 +223,21 @@ def judge(case: Case) -> tuple[Case, int, str]:
         problems.append(f"spills: {stack} bytes of stack with {registers} registers")
     if compiled.metadata.shared > SHARED_LIMIT[case.arch]:
         problems.append(f"shared memory {compiled.metadata.shared} exceeds {SHARED_LIMIT[case.arch]}")
-    wanted = instruction(case)
-    if wanted and wanted not in compiled.asm["ptx"]:
-        problems.append(f"no {wanted} in the PTX")
+    missing = [name for name in instructions(case) if name not in compiled.asm["ptx"]]
+    if missing:
+        problems.append(f"no {' or '.join(missing)} in the PTX")
     return case, registers, "; ".join(problems)
 
 
-def instruction(case: Case) -> str:
-    """Return the matrix instruction that a case must use; float32 has none that is exact."""
+def instructions(case: Case) -> tuple[str, ...]:
+    """Return the instructions that a case must use; float32 has no matrix instruction that is exact."""
+    if isinstance(case.tile, PrefixTile):
+        return ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "griddepcontrol.launch_dependents")
     if case.tile is None or case.dtype == "fp32":
-        return ""
+        return ()
     if case.tile.block_m >= 64 and case.arch in (90, 100):
-        return {90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.arch]
-    return "mma.sync"
+        return ({90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.arch],)
+    return ("mma.sync",)
 
 
 def main() -> int:
