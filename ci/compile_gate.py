@@ -153,7 +153,8 @@ def _compile_prefix(case: Case, tile: PrefixTile) -> Any:
     constants = on | PREFIX_VARIANTS[case.variant] | {
         "q_len": 1, "GROUP_SIZE": GROUP_SIZE, "NUM_KV_HEADS": NUM_KV_HEADS, "HEAD_DIM": case.head_dim,
         "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
-        "CONSUMERS": tile.consumers, "CONSUMER_REGISTERS": tile.consumer_registers, "Q_SHARED": tile.q_shared, "PDL": True,
+        "CONSUMERS": tile.consumers, "CONSUMER_REGISTERS": tile.consumer_registers, "Q_SHARED": tile.q_shared,
+        "PDL": True,
     }  # fmt: skip
     pointer, block = f"*{case.dtype}", f"{case.dtype}[{tile.block_n}, {case.head_dim}]"
     types: dict[str, Any] = {"q_ptr": pointer, "out_ptr": pointer, "sinks_ptr": pointer}

@@ -1,0 +1,150 @@
+"""The specialised prefix tile as a choice: who gets it, in which launches, and who keeps the plain one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import hydragen
+from hydragen import PackedKV, PagedKV, prefix_tiles
+from hydragen.prefix_tiles import MIN_ROWS, PREFIX_TILES, PrefixTile
+from hydragen.target import H200, Target
+from hydragen.validation import check_attention
+from hydragen.work import WorkPlan, make_work_plan
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table as if a measurement had decided for one of the tiles."""
+    monkeypatch.setattr(prefix_tiles, "_CHOSEN", {(64, 64): "wide+1"})
+
+
+def planned(q: Tensor, kv: Any, target: Target = H200, batch_invariant: bool = False, **given: Any) -> Any:
+    """A checked call and its plan for a device that is not here."""
+    call = check_attention(q, kv, **{**dict.fromkeys(OPTIONS), **DEFAULTS, **given})
+    lens, on_device = call.kv_lens.planned, len(call.kv_lens.on_device) > 0
+    return call, make_work_plan(
+        call.tree,
+        call.nodes,
+        lens,
+        on_device,
+        call.q_starts,
+        call.q_lens,
+        call.heads,
+        target,
+        batch_invariant,
+    )
+
+
+OPTIONS = (
+    "tree", "kv_lens", "cu_seqlens_q", "max_seqlen_q", "scale", "window", "softcap", "sinks", "out_dtype",
+)  # fmt: skip
+DEFAULTS = {"causal": False, "return_lse": False, "validate": False}
+
+
+def zeros(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.zeros(size, dtype=dtype)
+
+
+def levels(
+    sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float16
+) -> list[tuple[Tensor, Tensor]]:
+    """Levels of (nodes, tokens) with 2 KV heads of 64 elements."""
+    return [(zeros(*size, 2, 64, dtype=dtype), zeros(*size, 2, 64, dtype=dtype)) for size in sizes]
+
+
+def special(plan: WorkPlan) -> list[bool]:
+    return [launch.tile.prefix is not None for launch in plan.work.launches]
+
+
+def test_nobody_gets_it_before_it_is_measured() -> None:
+    _, plan = planned(zeros(512, 1, 8, 64), levels([(1, 4096), (512, 16)]))
+    assert not any(special(plan))
+
+
+@pytest.mark.usefixtures("chosen")
+def test_from_so_many_rows_on() -> None:
+    for group_rows, expected in ((MIN_ROWS, True), (MIN_ROWS - 4, False)):
+        _, plan = planned(zeros(group_rows // 4, 1, 8, 64), levels([(1, 4096), (group_rows // 4, 16)]))
+        assert special(plan) == [expected, False]
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize(
+    ("target", "dtype", "batch_invariant"),
+    [
+        (Target(80, 108, 312e12, 2e12), torch.float16, False),
+        (Target(100, 148, 2e15, 8e12), torch.float16, False),
+        (H200, torch.float32, False),
+        (H200, torch.float16, True),
+    ],
+)
+def test_not_elsewhere(target: Target, dtype: torch.dtype, batch_invariant: bool) -> None:
+    q, kv = zeros(512, 1, 8, 64, dtype=dtype), levels([(1, 4096), (512, 16)], dtype)
+    _, plan = planned(q, kv, target, batch_invariant)
+    assert not any(special(plan))
+
+
+@pytest.mark.usefixtures("chosen")
+def test_a_launch_reads_one_level_and_nothing_is_lost() -> None:
+    sizes = [(1, 1000), (2, 500), (512, 16)]
+    _, plan = planned(zeros(512, 1, 8, 64), levels(sizes))
+    assert special(plan) == [True, True, False]
+    for launch, (nodes, tokens) in zip(plan.work.launches, sizes, strict=True):
+        items = launch.items
+        assert len(np.unique(items[:, 1])) == 1
+        keys = ((items[:, 4] - items[:, 3]) * np.minimum(launch.tile.block_m, items[:, 6] * 4)).sum()
+        if launch.tile.prefix is not None:
+            assert keys == tokens * 512 * 4
+        else:
+            assert len(items) * launch.heads // 2 == nodes
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize(
+    "what", ["plain", "causal", "softcap", "scale", "pages", "heads first", "packed", "interleaved"]
+)
+def test_which_calls_it_serves(what: str) -> None:
+    """The plain tile stays behind it: options and layouts belong to the run, not to the plan."""
+    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.prefix import PrefixLauncher  # noqa: PLC0415
+    from hydragen.backends.tokens import locate  # noqa: PLC0415
+
+    q, kv = zeros(256, 2, 8, 64), levels([(1, 512), (256, 16)])
+    given: dict[str, Any] = {
+        "causal": {"causal": True}, "softcap": {"softcap": 3.0}, "scale": {"scale": -1.0},
+    }.get(what, {})  # fmt: skip
+    if what == "pages":
+        pages = np.arange(33)
+        kv = PagedKV(zeros(64, 16, 2, 64), zeros(64, 16, 2, 64), [0, 32, 33], pages)
+        given = {"tree": hydragen.PrefixTree.from_parents([-1, 0], row_to_node=[1] * 256)}
+    elif what == "heads first":
+        kv[0] = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in kv[0])
+    elif what == "interleaved":
+        both = zeros(1, 512, 2, 2, 64)
+        kv[0] = (both[:, :, 0], both[:, :, 1])
+    elif what == "packed":
+        kv[0] = PackedKV(kv[0][0][0], kv[0][1][0], [0, 512])
+    call, plan = planned(q, kv, **given)
+    assert any(special(plan))
+    launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
+    assert isinstance(launcher, PrefixLauncher) == (what in ("plain", "packed", "interleaved"))
+
+
+@pytest.mark.parametrize("tile", PREFIX_TILES.values(), ids=PREFIX_TILES.keys())
+def test_registers_add_up(tile: PrefixTile) -> None:
+    """What the producer gives away is what the consumers get, and a multiprocessor has that many."""
+    groups = tile.consumers + 1
+    assert tile.registers * 128 * groups <= 65536
+    assert tile.consumers * tile.consumer_registers + 24 <= groups * tile.registers
+    assert tile.registers % 8 == tile.consumer_registers % 8 == 0
+
+
+def test_an_even_share_for_each_program() -> None:
+    tile = PrefixTile(128, 2, 2, 136, 192, persistent=True)
+    assert [tile.num_programs(tasks, 132) for tasks in (1, 132, 133, 256, 1000)] == [1, 132, 67, 128, 125]
+    assert PREFIX_TILES["wide"].num_programs(256, 132) == 256
