@@ -1,0 +1,275 @@
+"""Launch choices that have no measurement yet: checked, then timed against what the library does now.
+
+    PYTHONPATH=src:reference python tests/bench/try_prefix_tiles.py              # everything, under 8 minutes
+    PYTHONPATH=src:reference python tests/bench/try_prefix_tiles.py "B1024 P16384"   # shapes that match
+
+A variant changes what tuning decides, for this process only. For each shape and variant: at least eight rows
+against float64, then 30 replays of a captured graph whose partial results and output are filled with NaN
+before each: all must give the same bits. Only then it is timed, in turns with the others (`timing.py`).
+Shapes of S0 are the prefix alone. What each variant was expected to give stands in docs/experiments.md.
+"""
+
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from exact import assert_exact, solve
+from shapes import Inputs, build, shape
+from timing import GpuTimer, sample
+
+import hydragen
+from hydragen import api, prefix_tiles, work
+from hydragen.backends import triton as backend
+from hydragen.backends.prefix import WHY_NOT
+
+SPARE = 100  # tokens of NaN behind the prefix: a block that ends past the segment must not see them
+REPLAYS = 30
+SECONDS = 450.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is decided otherwise; None: as the library decides.
+
+    `tile`: a name of PREFIX_TILES; `prefix_splits`: programs that share a prefix; `suffix_keys`: keys of a
+    suffix program; `suffix_heads`: its KV heads; `suffix_registers`: its cap; `medium`: the 64-row tile.
+    """
+
+    name: str
+    tile: str | None = None
+    persistent: bool = False
+    prefix_splits: int | None = None
+    suffix_keys: int | None = None
+    suffix_heads: int | None = None
+    suffix_registers: int | None = None
+    medium: bool | None = None
+
+
+def special(tile: str, **others: Any) -> list[Variant]:
+    """A specialised tile, with a program per task and persistent."""
+    names = {False: tile, True: f"{tile}, persistent"}
+    return [Variant(name, tile, flag, suffix_registers=176, **others) for flag, name in names.items()]
+
+
+PLAIN = Variant("as it is")
+TILES = [
+    PLAIN,
+    Variant("as it is, suffix 176", suffix_registers=176),
+    *special("wide"),
+    *special("wide+1"),
+    *special("narrow+1")[1:],
+    *special("narrow+2"),
+    Variant("single", "single", suffix_registers=176),
+]
+ALONE = [PLAIN, *(Variant(name, name) for name in prefix_tiles.PREFIX_TILES)]
+MEMORY_BOUND = [
+    PLAIN,
+    Variant("suffix 256 keys", suffix_keys=256),
+    Variant("suffix 128 keys", suffix_keys=128),
+    Variant("suffix 1 head", suffix_heads=1),
+    Variant("suffix 2 heads, 256 keys", suffix_heads=2, suffix_keys=256),
+    Variant("prefix 4 splits", prefix_splits=4),
+    Variant("prefix 4 splits, suffix 128 keys", prefix_splits=4, suffix_keys=128),
+]
+SHAPES: dict[str, list[Variant]] = {
+    "32/8 B1024 P16384 S0": ALONE,
+    "32/8 B1024 P1024 S0": ALONE,
+    "32/8 B256 P8192 S0": ALONE,
+    "32/32 B256 P4096 S0": ALONE,
+    "32/8 B1024 P16384 S128": TILES,
+    "32/8 B1024 P65536 S128": TILES,
+    "32/8 B1024 P16384 S512": TILES,
+    "32/32 B1024 P16384 S128": TILES,
+    "32/8 B1024 P4096 S128": TILES,
+    "32/8 B256 P65536 S512": TILES,
+    "32/8 B256 P8192 S256": TILES,
+    "32/32 B256 P16384 S128": TILES,
+    "32/8 B320 P5001 S77": TILES,  # ends within a block, fills no tile
+    "32/32 B64 P4096 S512": MEMORY_BOUND,
+}
+
+
+@contextmanager
+def deciding(variant: Variant) -> Iterator[None]:
+    """Decide as `variant` says; the library's choices are functions that work.py calls by name."""
+    split_size, heads_per_program = work.split_size, work.heads_per_program
+    tiles_for, prefer_medium = work.tiles_for, work.prefer_medium
+
+    def splits(kv_lens: Any, programs: Any, tile: Any, *rest: Any, **named: Any) -> int:
+        if tile.block_m > 16 and variant.prefix_splits is not None:
+            return math.ceil(int(kv_lens.max()) / variant.prefix_splits / tile.step) * tile.step
+        if tile.block_m <= 16 and variant.suffix_keys is not None:
+            return variant.suffix_keys
+        return split_size(kv_lens, programs, tile, *rest, **named)
+
+    def heads(*given: Any) -> int:
+        small = given[5].block_m <= 16 and variant.suffix_heads is not None
+        return variant.suffix_heads if small else heads_per_program(*given)
+
+    def tiles(*given: Any) -> tuple[Any, ...]:
+        smallest, *larger = tiles_for(*given)
+        if variant.suffix_registers is not None:
+            smallest = replace(smallest, registers=variant.suffix_registers)
+        return (smallest, *larger)
+
+    def medium(*given: Any) -> bool:
+        return prefer_medium(*given) if variant.medium is None else variant.medium
+
+    chosen = {}
+    if variant.tile is not None:
+        if WHY_NOT is not None:
+            raise ImportError(f"this Triton has no Gluon as the kernel needs it: {WHY_NOT}")
+        tile = replace(prefix_tiles.PREFIX_TILES[variant.tile], persistent=variant.persistent)
+        chosen = {(128, 128): variant.tile}
+    with ExitStack() as stack:
+        instead = {
+            "split_size": splits,
+            "heads_per_program": heads,
+            "tiles_for": tiles,
+            "prefer_medium": medium,
+        }
+        for name, function in instead.items():
+            stack.enter_context(set_to(work, name, function))
+        stack.enter_context(set_to(prefix_tiles, "_CHOSEN", chosen))
+        if chosen:
+            changed = {**prefix_tiles.PREFIX_TILES, variant.tile: tile}
+            stack.enter_context(set_to(prefix_tiles, "PREFIX_TILES", changed))
+        api._PLANS.clear()
+        yield
+        api._PLANS.clear()
+
+
+@contextmanager
+def set_to(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute that is there."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def with_spare(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """Our call, the prefix with unused capacity behind it that holds NaN."""
+    (k, v), *rest = inputs.levels
+    padded = []
+    for x in (k, v):
+        size = (x.shape[0], x.shape[1] + SPARE, *x.shape[2:])
+        padded.append(x.new_full(size, torch.nan))
+        padded[-1][:, : x.shape[1]] = x
+    lens = [[k.shape[1]] * k.shape[0], *[None for _ in rest]]
+    return lambda: hydragen.attention(inputs.q, [tuple(padded), *rest], kv_lens=lens)
+
+
+def check_replays(timer: GpuTimer, call: Callable[[], torch.Tensor], truth: Any, name: str) -> Any:
+    """Capture the call, replay it over poison, compare; return the graph and the plan."""
+    taken: list[Any] = []
+    results: list[torch.Tensor] = []
+    fresh = backend.workspace_on
+
+    def remember(plan: Any, device: Any) -> Any:
+        taken.append((plan, fresh(plan, device)))
+        return taken[-1][1]
+
+    with set_to(backend, "workspace_on", remember):
+        graph = timer.ready(lambda: results.append(call()))
+    plan, workspace = taken[-1]
+    out, first = results[-1], None
+    for _ in range(REPLAYS):
+        for buffer in (*workspace, out):
+            buffer.fill_(torch.nan)
+        graph.replay()
+        if first is None:
+            first = out.clone()
+            assert_exact(truth, first, name)
+        elif not torch.equal(first, out):
+            raise AssertionError(f"{name}: replays differ")
+    taken.clear()
+    return graph, plan, (workspace, out)
+
+
+def describe(plan: Any) -> str:
+    """Each launch: rows x keys of its tile, programs."""
+    parts = []
+    for launch in plan.work.launches:
+        tile = launch.tile
+        step = tile.block_n if tile.prefix is None else tile.prefix.block_n
+        parts.append(f"{tile.block_m}x{step}:{len(launch.items) * (plan.heads.num_kv_heads // launch.heads)}")
+    return " ".join(parts)
+
+
+def say(text: str) -> None:
+    """Write a line at once: a run takes minutes."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def try_shape(timer: GpuTimer, name: str, variants: list[Variant]) -> list[dict[str, Any]]:
+    """Check and time every variant on one shape; a wrong one is named and gets no time."""
+    torch.cuda.empty_cache()
+    case = shape(name)
+    inputs = build(case, "cuda")
+    truth, call = solve(inputs), with_spare(inputs)
+    graphs, held, found = {}, [], []
+    for variant in variants:
+        entry: dict[str, Any] = {"shape": name, "variant": variant.name, "roof_us": case.roof_us}
+        found.append(entry)
+        try:
+            with deciding(variant):
+                graph, plan, keep = check_replays(timer, call, truth, variant.name)
+        except Exception as error:  # noqa: BLE001 - a variant that fails is a finding, the others go on
+            entry["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
+            continue
+        graphs[variant.name] = graph
+        held.append((plan, keep))  # a graph's tables and buffers live as long as it is replayed
+        entry["launches"] = describe(plan)
+    times = sample(timer, graphs)
+    for entry in found:
+        if entry["variant"] in times:
+            seconds = statistics.median(times[entry["variant"]])
+            entry |= {"us": round(seconds * 1e6, 1), "tflops": round(case.flops / seconds / 1e12)}
+            entry["times_roof"] = round(seconds * 1e6 / case.roof_us, 2)
+    return found
+
+
+def main() -> int:
+    """Try all shapes whose name matches, print a table, write try_prefix_tiles.json."""
+    began, pattern = time.monotonic(), sys.argv[1] if len(sys.argv) > 1 else ""
+    timer, everything = GpuTimer(), []
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {WHY_NOT or 'Gluon found'}")
+    for name, variants in SHAPES.items():
+        if not re.search(pattern, name):
+            continue
+        if time.monotonic() - began > SECONDS:
+            say(f"{name}: not started within {SECONDS:.0f} s")
+            continue
+        found = try_shape(timer, name, variants)
+        everything += found
+        say(f"{name}  roof {found[0]['roof_us']:.1f}  [{time.monotonic() - began:.0f} s]")
+        for entry in found:
+            if "us" in entry:
+                text = (
+                    f"{entry['us']:9.1f} us {entry['times_roof']:5.2f} x roof {entry['tflops']:4d} TFLOP/s  "
+                )
+                say(f"  {entry['variant']:34}{text}{entry['launches']}")
+            else:
+                say(f"  {entry['variant']:34}FAILED {entry['failed']}")
+    out = Path("out")
+    out.mkdir(exist_ok=True)
+    (out / "try_prefix_tiles.json").write_text(json.dumps(everything, indent=1))
+    return any("failed" in entry for entry in everything)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        raise SystemExit(main())

@@ -1,0 +1,95 @@
+"""The specialised prefix tile on a GPU, every candidate of it, judged as the plain one is."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from judged import check
+
+import hydragen
+from hydragen import api, prefix_tiles
+from hydragen.prefix_tiles import PREFIX_TILES
+from hydragen.testing import Problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90"
+    ),
+]
+SIZES = {(k, v): name for k in (64, 128) for v in (64, 128) for name in ["wide"]}
+
+
+@pytest.fixture(
+    autouse=True, params=[(name, persistent) for name in PREFIX_TILES for persistent in (False, True)]
+)
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Each candidate in turn, with a program per task and with several tasks each."""
+    name, persistent = request.param
+    tile = replace(PREFIX_TILES[name], persistent=persistent)
+    monkeypatch.setitem(prefix_tiles.PREFIX_TILES, "wide", tile)
+    monkeypatch.setattr(prefix_tiles, "_CHOSEN", SIZES)
+    api._PLANS.clear()
+    yield
+    api._PLANS.clear()
+
+
+def problem(**changes: Any) -> Problem:
+    """96 rows of group 4 below two prefixes that end within a block, and a few keys of their own each."""
+    rows = 96
+    given: dict[str, Any] = {
+        "parents": (-1, 0, *[1] * rows), "kv_lens": (333, 70, *[i % 5 for i in range(rows)]),
+        "row_to_node": tuple(range(2, rows + 2)), "q_lens": (1,) * rows, "num_q_heads": 8, "num_kv_heads": 2,
+        "head_dim": 128, "head_dim_v": 128, "dtype": torch.bfloat16, "sharpness": "peaked",
+    }  # fmt: skip
+    return Problem(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": torch.float16, "head_dim": 64, "head_dim_v": 64},
+        {"head_dim": 64, "num_q_heads": 9, "num_kv_heads": 3},
+        {"head_dim_v": 64, "num_q_heads": 16, "num_kv_heads": 4, "sharpness": "very_negative"},
+        {"kv_lens": (128, 1, *[2] * 96)},
+        {"q_lens": (3,) * 96, "scale": 0.2, "sinks": True},
+    ],
+)
+@pytest.mark.parametrize("layout", ["packed", "levels"])
+def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.device) -> None:
+    check(problem(**changes), "triton", device, layout=layout, spare=150)
+    (plan,) = api._PLANS.values()
+    assert plan.work.launches[0].tile.prefix is not None
+
+
+def test_one_partial_is_written_as_output(device: torch.device) -> None:
+    rows = 300
+    shape = {"parents": (-1,), "kv_lens": (200,), "row_to_node": (0,) * rows, "q_lens": (1,) * rows}
+    check(problem(**shape, sinks=True, num_q_heads=2), "triton", device)
+
+
+def test_lengths_on_the_device_and_the_same_bits(device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=torch.bfloat16, device=device, generator=generator)
+
+    q, prefix, suffix = normal(256, 1, 8, 128), normal(2, 2, 700, 2, 128), normal(2, 256, 9, 2, 128)
+    for lens in ([700, 700], [513, 0], [1, 384]):
+        full = [prefix[:, :1, : lens[0]], prefix[:, 1:, : lens[1]]]
+        halves = [
+            hydragen.attention(half, [tuple(shared), tuple(own)], backend="reference")
+            for half, shared, own in zip(q.chunk(2), full, suffix.chunk(2, 1), strict=True)
+        ]
+        poisoned = prefix.clone()
+        for node, length in enumerate(lens):
+            poisoned[:, node, length:] = torch.nan
+        on_device = torch.tensor(lens, dtype=torch.int32, device=device)
+        runs = [
+            hydragen.attention(q, [tuple(poisoned), tuple(suffix)], kv_lens=[on_device, None])
+            for _ in range(30)
+        ]
+        assert all(torch.equal(runs[0], again) for again in runs[1:])
+        torch.testing.assert_close(runs[0].float(), torch.cat(halves).float(), atol=2e-2, rtol=2e-2)
