@@ -249,6 +249,7 @@ class Plan:
             target_of(self._device),
             self._batch_invariant,
             None if capacity is None else capacity.heads,
+            specialised=self._reserve <= 1,
         )
         return work if capacity is None else fitted(work, capacity)
 

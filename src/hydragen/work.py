@@ -6,7 +6,7 @@ plan is then made for the capacities, and the kernels clamp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,7 @@ def find_segments(
     target: Target,
     batch_invariant: bool,
     fixed_heads: Mapping[Tile, int] | None = None,
+    specialised: bool = True,
 ) -> tuple[Segments, tuple[Tile, ...]]:
     """Return what there is to attend to, with a tile and a split size for each segment.
 
@@ -116,7 +117,7 @@ def find_segments(
         compute, alone = flops[largest].sum() / target.flops, traffic[~largest].sum()
         if prefer_medium(kv_len[largest], blocks, compute, alone, target):
             tile[largest] -= 1
-    if not batch_invariant:
+    if not batch_invariant and specialised:
         tiles, tile = specialise(tiles, tile, rows, heads.head_dim, heads.head_dim_v, heads.itemsize, target)
     size, together = np.ones_like(kv_len), np.ones_like(kv_len)
     for index in np.unique(tile):
@@ -180,8 +181,14 @@ def lay_out_work(
     partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
     final = may_be_final and bool((partials_per_token == 1).all())
 
+    # One launch per kind of tile, the specialised one per level of KV. The largest first: they are bound by
+    # compute, and what follows fills the room they leave.
+    num_levels = len(nodes.k)
+    one_level = np.array([tile.prefix is not None for tile in tiles])[segments.tile[split_of]]
+    kind = (segments.tile[split_of] + 1) * num_levels - np.where(one_level, nodes.level[node], 0)
     launches = []
-    for tile, chosen in _groups(tiles, segments.tile[split_of], nodes.level[node]):
+    for this in np.unique(kind)[::-1]:
+        tile, chosen = tiles[-(-this // num_levels) - 1], np.flatnonzero(kind == this)
         # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay
         # together
         chosen = chosen[np.argsort(begin[chosen] - end[chosen], kind="stable")]
@@ -217,23 +224,6 @@ def lay_out_work(
         indptr.astype(np.int32),
         order.astype(np.int32),
     )
-
-
-def _groups(
-    tiles: tuple[Tile, ...], tile_of: IntArray, level_of: IntArray
-) -> Iterator[tuple[Tile, IntArray]]:
-    """Yield what each launch attends to: the splits of one tile; of one level where the tile reads only one.
-
-    The largest tiles first: they are bound by compute, and what follows fills the room they leave.
-    """
-    for index, tile in reversed(list(enumerate(tiles))):
-        chosen = np.flatnonzero(tile_of == index)
-        if tile.prefix is None:
-            levels = [chosen] if chosen.size else []
-        else:
-            levels = [chosen[level_of[chosen] == level] for level in np.unique(level_of[chosen])]
-        for group in levels:
-            yield tile, group
 
 
 def _expand(counts: IntArray) -> tuple[IntArray, IntArray]:
@@ -289,14 +279,18 @@ def make_work_plan(
     target: Target,
     batch_invariant: bool,
     fixed_heads: Mapping[Tile, int] | None = None,
+    specialised: bool = True,
 ) -> WorkPlan:
     """Plan one attention call; capacities stand in for lengths that live on the device.
 
     With `fixed_heads`, the KV heads per program of each tile, the plan launches kernels that have been chosen
-    already: they leave partials for a merge.
+    already: they leave partials for a merge. Without `specialised` the plain tile serves all: a launch of the
+    specialised one is bound to a level of KV, and another tree may need others.
     """
     queries = Queries.of(tree, q_starts, q_lens)
-    segments, tiles = find_segments(kv_lens, queries, heads, target, batch_invariant, fixed_heads)
+    segments, tiles = find_segments(
+        kv_lens, queries, heads, target, batch_invariant, fixed_heads, specialised
+    )
     # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
     # whether all rows have one partial is a matter of the others.
     may_be_final = fixed_heads is None and not batch_invariant
