@@ -15,20 +15,19 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from exact import assert_exact, solve
-from shapes import Inputs, build, shape
+from exact import Truth, assert_exact, solve
+from shapes import Inputs, Shape, build, shape
 from timing import GpuTimer, sample
 
 import hydragen
-from hydragen import api, prefix_tiles, work
-from hydragen.backends import triton as backend
+from hydragen import prefix_tiles, work
 from hydragen.backends.prefix import WHY_NOT
 
 SPARE = 100  # tokens of NaN behind the prefix: a block that ends past the segment must not see them
@@ -143,9 +142,7 @@ def deciding(variant: Variant) -> Iterator[None]:
         if chosen:
             changed = {**prefix_tiles.PREFIX_TILES, variant.tile: tile}
             stack.enter_context(set_to(prefix_tiles, "PREFIX_TILES", changed))
-        api._PLANS.clear()
         yield
-        api._PLANS.clear()
 
 
 @contextmanager
@@ -159,43 +156,46 @@ def set_to(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def with_spare(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """Our call, the prefix with unused capacity behind it that holds NaN."""
-    (k, v), *rest = inputs.levels
-    padded = []
-    for x in (k, v):
-        size = (x.shape[0], x.shape[1] + SPARE, *x.shape[2:])
-        padded.append(x.new_full(size, torch.nan))
-        padded[-1][:, : x.shape[1]] = x
-    lens = [[k.shape[1]] * k.shape[0], *[None for _ in rest]]
-    return lambda: hydragen.attention(inputs.q, [tuple(padded), *rest], kv_lens=lens)
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A shape's tensors, the prefix with unused capacity behind it that holds NaN, and the truth."""
+
+    case: Shape
+    inputs: Inputs
+    levels: list[tuple[torch.Tensor, torch.Tensor]]
+    truth: Truth
+
+    @classmethod
+    def of(cls, case: Shape) -> "Problem":
+        inputs = build(case, "cuda")
+        prefix = []
+        for x in inputs.levels[0]:
+            prefix.append(x.new_full((x.shape[0], x.shape[1] + SPARE, *x.shape[2:]), torch.nan))
+            prefix[-1][:, : x.shape[1]] = x
+        return cls(case, inputs, [tuple(prefix), *inputs.levels[1:]], solve(inputs))
+
+    def plan(self) -> hydragen.Plan:
+        """The library's plan, as it decides now."""
+        lens = [[tokens] * nodes for nodes, tokens in self.case.levels]
+        return hydragen.plan(self.case.tree, self.levels, num_q_heads=self.case.num_q_heads, kv_lens=lens)
 
 
-def check_replays(timer: GpuTimer, call: Callable[[], torch.Tensor], truth: Any, name: str) -> Any:
-    """Capture the call, replay it over poison, compare; return the graph and the plan."""
-    taken: list[Any] = []
-    results: list[torch.Tensor] = []
-    fresh = backend.workspace_on
-
-    def remember(plan: Any, device: Any) -> Any:
-        taken.append((plan, fresh(plan, device)))
-        return taken[-1][1]
-
-    with set_to(backend, "workspace_on", remember):
-        graph = timer.ready(lambda: results.append(call()))
-    plan, workspace = taken[-1]
-    out, first = results[-1], None
+def checked(timer: GpuTimer, problem: Problem, plan: hydragen.Plan, name: str) -> tuple[Any, torch.Tensor]:
+    """Capture a run of the plan and replay it over poison; return the graph and its output."""
+    outs: list[torch.Tensor] = []
+    graph = timer.ready(lambda: outs.append(plan.run(problem.inputs.q, problem.levels)))
+    out, first = outs[-1], None
+    partials = plan._work.uploads["workspace", out.device]
     for _ in range(REPLAYS):
-        for buffer in (*workspace, out):
+        for buffer in (*partials, out):
             buffer.fill_(torch.nan)
         graph.replay()
         if first is None:
             first = out.clone()
-            assert_exact(truth, first, name)
+            assert_exact(problem.truth, first, name)
         elif not torch.equal(first, out):
             raise AssertionError(f"{name}: replays differ")
-    taken.clear()
-    return graph, plan, (workspace, out)
+    return graph, out
 
 
 def describe(plan: Any) -> str:
@@ -218,21 +218,21 @@ def try_shape(timer: GpuTimer, name: str, variants: list[Variant]) -> list[dict[
     """Check and time every variant on one shape; a wrong one is named and gets no time."""
     torch.cuda.empty_cache()
     case = shape(name)
-    inputs = build(case, "cuda")
-    truth, call = solve(inputs), with_spare(inputs)
+    problem = Problem.of(case)
     graphs, held, found = {}, [], []
     for variant in variants:
         entry: dict[str, Any] = {"shape": name, "variant": variant.name, "roof_us": case.roof_us}
         found.append(entry)
         try:
             with deciding(variant):
-                graph, plan, keep = check_replays(timer, call, truth, variant.name)
+                plan = problem.plan()
+                graphs[variant.name], out = checked(timer, problem, plan, variant.name)
         except Exception as error:  # noqa: BLE001 - a variant that fails is a finding, the others go on
             entry["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
+            graphs.pop(variant.name, None)
             continue
-        graphs[variant.name] = graph
-        held.append((plan, keep))  # a graph's tables and buffers live as long as it is replayed
-        entry["launches"] = describe(plan)
+        held.append((plan, out))  # a graph's tables and buffers live as long as it is replayed
+        entry["launches"] = describe(plan._work)
     times = sample(timer, graphs)
     for entry in found:
         if entry["variant"] in times:
