@@ -40,7 +40,7 @@ class Variant:
     """What is decided otherwise; None: as the library decides.
 
     `tile`: a name of PREFIX_TILES; `prefix_splits`: programs that share a prefix; `suffix_keys`: keys of a
-    suffix program; `suffix_heads`: its KV heads; `suffix_registers`: its cap; `medium`: the 64-row tile.
+    suffix program; `suffix_heads`: its KV heads.
     """
 
     name: str
@@ -49,26 +49,22 @@ class Variant:
     prefix_splits: int | None = None
     suffix_keys: int | None = None
     suffix_heads: int | None = None
-    suffix_registers: int | None = None
-    medium: bool | None = None
-
-
-def special(tile: str, **others: Any) -> list[Variant]:
-    """A specialised tile, with a program per task and persistent."""
-    names = {False: tile, True: f"{tile}, persistent"}
-    return [Variant(name, tile, flag, suffix_registers=176, **others) for flag, name in names.items()]
 
 
 PLAIN = Variant("as it is")
 TILES = [
     PLAIN,
-    Variant("as it is, suffix 176", suffix_registers=176),
-    *special("wide"),
-    *special("wide+1"),
-    *special("narrow+1")[1:],
-    *special("narrow+2"),
-    Variant("single", "single", suffix_registers=176),
+    Variant("wide", "wide"),
+    Variant("wide, persistent", "wide", persistent=True),
+    Variant("wide+1", "wide+1"),
+    Variant("wide+1, persistent", "wide+1", persistent=True),
+    Variant("narrow+1, persistent", "narrow+1", persistent=True),
+    Variant("narrow+2", "narrow+2"),
+    Variant("narrow+2, persistent", "narrow+2", persistent=True),
+    Variant("single", "single"),
 ]
+# where the programs fit one wave, persistent ones are the same
+ONE_WAVE = [variant for variant in TILES if not variant.persistent or variant.tile == "narrow+1"]
 ALONE = [PLAIN, *(Variant(name, name) for name in prefix_tiles.PREFIX_TILES)]
 MEMORY_BOUND = [
     PLAIN,
@@ -89,9 +85,9 @@ SHAPES: dict[str, list[Variant]] = {
     "32/8 B1024 P16384 S512": TILES,
     "32/32 B1024 P16384 S128": TILES,
     "32/8 B1024 P4096 S128": TILES,
-    "32/8 B256 P65536 S512": TILES,
-    "32/8 B256 P8192 S256": TILES,
-    "32/32 B256 P16384 S128": TILES,
+    "32/8 B256 P65536 S512": ONE_WAVE,
+    "32/8 B256 P8192 S256": ONE_WAVE,
+    "32/32 B256 P16384 S128": ONE_WAVE,
     "32/8 B320 P5001 S77": TILES,  # ends within a block, fills no tile
     "32/32 B64 P4096 S512": MEMORY_BOUND,
 }
@@ -101,7 +97,6 @@ SHAPES: dict[str, list[Variant]] = {
 def deciding(variant: Variant) -> Iterator[None]:
     """Decide as `variant` says; the library's choices are functions that work.py calls by name."""
     split_size, heads_per_program = work.split_size, work.heads_per_program
-    tiles_for, prefer_medium = work.tiles_for, work.prefer_medium
 
     def splits(kv_lens: Any, programs: Any, tile: Any, *rest: Any, **named: Any) -> int:
         if tile.block_m > 16 and variant.prefix_splits is not None:
@@ -114,15 +109,6 @@ def deciding(variant: Variant) -> Iterator[None]:
         small = given[5].block_m <= 16 and variant.suffix_heads is not None
         return variant.suffix_heads if small else heads_per_program(*given)
 
-    def tiles(*given: Any) -> tuple[Any, ...]:
-        smallest, *larger = tiles_for(*given)
-        if variant.suffix_registers is not None:
-            smallest = replace(smallest, registers=variant.suffix_registers)
-        return (smallest, *larger)
-
-    def medium(*given: Any) -> bool:
-        return prefer_medium(*given) if variant.medium is None else variant.medium
-
     chosen = {}
     if variant.tile is not None:
         if WHY_NOT is not None:
@@ -130,12 +116,7 @@ def deciding(variant: Variant) -> Iterator[None]:
         tile = replace(prefix_tiles.PREFIX_TILES[variant.tile], persistent=variant.persistent)
         chosen = {(128, 128): variant.tile}
     with ExitStack() as stack:
-        instead = {
-            "split_size": splits,
-            "heads_per_program": heads,
-            "tiles_for": tiles,
-            "prefer_medium": medium,
-        }
+        instead = {"split_size": splits, "heads_per_program": heads}
         for name, function in instead.items():
             stack.enter_context(set_to(work, name, function))
         stack.enter_context(set_to(prefix_tiles, "_CHOSEN", chosen))
