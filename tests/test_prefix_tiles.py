@@ -22,21 +22,21 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_tiles, "_CHOSEN", {(64, 64): "wide+1"})
 
 
-def planned(q: Tensor, kv: Any, target: Target = H200, batch_invariant: bool = False, **given: Any) -> Any:
+def planned(
+    q: Tensor,
+    kv: Any,
+    target: Target = H200,
+    batch_invariant: bool = False,
+    specialised: bool = True,
+    **given: Any,
+) -> Any:
     """A checked call and its plan for a device that is not here."""
     call = check_attention(q, kv, **{**dict.fromkeys(OPTIONS), **DEFAULTS, **given})
     lens, on_device = call.kv_lens.planned, len(call.kv_lens.on_device) > 0
     return call, make_work_plan(
-        call.tree,
-        call.nodes,
-        lens,
-        on_device,
-        call.q_starts,
-        call.q_lens,
-        call.heads,
-        target,
-        batch_invariant,
-    )
+        call.tree, call.nodes, lens, on_device, call.q_starts, call.q_lens, call.heads, target, batch_invariant,
+        specialised=specialised,
+    )  # fmt: skip
 
 
 OPTIONS = (
@@ -89,6 +89,19 @@ def test_not_elsewhere(target: Target, dtype: torch.dtype, batch_invariant: bool
 
 
 @pytest.mark.usefixtures("chosen")
+def test_not_where_another_tree_may_follow() -> None:
+    kv = levels([(1, 4096), (512, 16)])
+    _, plan = planned(zeros(512, 1, 8, 64), kv, specialised=False)
+    assert not any(special(plan))
+    tree = hydragen.PrefixTree.from_levels([[4096], [16] * 512])
+    for reserve, expected in ((1.0, True), (2.0, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hydragen.planned.target_of", lambda _: H200)
+            made = hydragen.plan(tree, kv, num_q_heads=8, reserve=reserve, backend="reference")
+        assert any(special(made._work)) == expected
+
+
+@pytest.mark.usefixtures("chosen")
 def test_a_launch_reads_one_level_and_nothing_is_lost() -> None:
     sizes = [(1, 1000), (2, 500), (512, 16)]
     _, plan = planned(zeros(512, 1, 8, 64), levels(sizes))
@@ -106,7 +119,8 @@ def test_a_launch_reads_one_level_and_nothing_is_lost() -> None:
 @pytest.mark.triton
 @pytest.mark.usefixtures("chosen")
 @pytest.mark.parametrize(
-    "what", ["plain", "causal", "softcap", "scale", "pages", "heads first", "packed", "interleaved"]
+    "what",
+    ["plain", "causal", "softcap", "scale", "tiny scale", "pages", "heads first", "packed", "interleaved"],
 )
 def test_which_calls_it_serves(what: str) -> None:
     """The plain tile stays behind it: options and layouts belong to the run, not to the plan."""
@@ -117,6 +131,7 @@ def test_which_calls_it_serves(what: str) -> None:
     q, kv = zeros(256, 2, 8, 64), levels([(1, 512), (256, 16)])
     given: dict[str, Any] = {
         "causal": {"causal": True}, "softcap": {"softcap": 3.0}, "scale": {"scale": -1.0},
+        "tiny scale": {"scale": 1e-40},
     }.get(what, {})  # fmt: skip
     if what == "pages":
         pages = np.arange(33)

@@ -53,6 +53,7 @@ class Plan:
     ) -> None:
         self._planned, self._backend = planned, backend
         self._batch_invariant = batch_invariant
+        self._specialised = reserve <= 1
         self._capacity: Capacity | None = None
         self._lens_given = len(lens.on_device) > 0
         self._work = self._make_work(planned, lens)
@@ -249,7 +250,7 @@ class Plan:
             target_of(self._device),
             self._batch_invariant,
             None if capacity is None else capacity.heads,
-            specialised=self._reserve <= 1,
+            specialised=self._specialised,
         )
         return work if capacity is None else fitted(work, capacity)
 

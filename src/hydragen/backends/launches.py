@@ -44,6 +44,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
     capped = options.softcap is not None
     masked = tokens.q_pos is not None
     final = plan.work.final
+    fold_scale = options.scale * LOG2_E >= _SMALLEST and not capped
     pdl = _dependent_launches(plan)
     numbers = (
         launch.items.shape[0],
@@ -82,7 +83,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         options.causal and masked,  # CAUSAL
         options.window is not None,  # WINDOW
         capped,  # SOFTCAP
-        options.scale * LOG2_E >= _SMALLEST and not capped,  # FOLD_SCALE
+        fold_scale,  # FOLD_SCALE
         tile.num_stages,
         tile.loop_tail,
         INTERPRET,
@@ -101,7 +102,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         },
         _kinds(call),
     )
-    if serves(plan, call, tokens, launch):
+    if serves(plan, call, tokens, launch, fold_scale):
         return prefix_launcher(plan, call, tokens, launch, launcher, pdl, index > 0, _kinds(call))
     return launcher
 

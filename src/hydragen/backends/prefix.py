@@ -70,12 +70,15 @@ class PrefixLauncher:
         return described
 
 
-def serves(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch) -> bool:
-    """Whether the specialised tile can do a launch of this call: rows of heads end to end, nothing masked."""
-    options, nodes, heads = call.options, call.nodes, plan.heads
+def serves(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch, fold_scale: bool) -> bool:
+    """Whether the specialised tile can do a launch of this call: rows of heads end to end, nothing masked.
+
+    `fold_scale`: the scale may be multiplied with the largest logit instead of with all of them.
+    """
+    nodes, heads = call.nodes, plan.heads
     if launch.tile.prefix is None or WHY_NOT is not None or plan.target.arch != 90:
         return False
-    if tokens.q_pos is not None or options.softcap is not None or options.scale <= 0:
+    if not fold_scale or tokens.q_pos is not None:
         return False
     if nodes.pages is not None or call.q.stride(-1) != 1:
         return False

@@ -100,7 +100,7 @@ def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.conste
             token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
             row_ok = row_ok & (token >= 0)
         q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
-        q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE) * stride_qh
+        q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64) * stride_qh
         offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, Q_LAYOUT))
         q = gl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_ok[:, None], other=0.0)
         if Q_SHARED:
