@@ -34,7 +34,8 @@ def planned(
     call = check_attention(q, kv, **{**dict.fromkeys(OPTIONS), **DEFAULTS, **given})
     lens, on_device = call.kv_lens.planned, len(call.kv_lens.on_device) > 0
     return call, make_work_plan(
-        call.tree, call.nodes, lens, on_device, call.q_starts, call.q_lens, call.heads, target, batch_invariant,
+        call.tree, call.nodes, lens, on_device, call.q_starts, call.q_lens, call.heads, target,
+        batch_invariant,
         specialised=specialised,
     )  # fmt: skip
 

@@ -77,14 +77,11 @@ def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.conste
     for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
         columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
         begin = gl.load(columns + 3)
-        tok_begin = gl.load(columns + 5)
-        num_tok = gl.load(columns + 6)
-        row_begin = gl.load(columns + 7) + WHICH * ROWS
         blocks = num_blocks(begin, end, BLOCK_N)
         left = end - begin - (blocks - 1) * BLOCK_N  # keys in the last block: the only one that can be short
         if left < BLOCK_N:
             # 0 * NaN is NaN: clear the values past the end. Every consumer writes the same bytes, so they
-            # need not wait for one another.
+            # need not wait for one another. Here, before anything else is in registers.
             wait_for(v_full, done, 0, STAGES)
             v = v_ring.index(done % STAGES)
             v_ok = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, V_ROWWISE)) < left
@@ -92,6 +89,9 @@ def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.conste
             fence_async_shared()
             barrier()
 
+        tok_begin = gl.load(columns + 5)
+        num_tok = gl.load(columns + 6)
+        row_begin = gl.load(columns + 7) + WHICH * ROWS
         rows = row_begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
         local = rows // GROUP_SIZE
         row_ok = local < num_tok
