@@ -204,6 +204,7 @@ def try_shape(timer: GpuTimer, name: str, variants: list[Variant]) -> list[dict[
     for variant in variants:
         entry: dict[str, Any] = {"shape": name, "variant": variant.name, "roof_us": case.roof_us}
         found.append(entry)
+        sys.stderr.write(f"{name}: {variant.name}\n")  # so that a kernel that hangs can be told
         try:
             with deciding(variant):
                 plan = problem.plan()
