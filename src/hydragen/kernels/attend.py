@@ -85,9 +85,10 @@ def attend(
     q_rows = (
         (token // q_len).to(tl.int64) * stride_qb
         + (token % q_len).to(tl.int64) * stride_qt
-        + head.to(tl.int64) * stride_qh
+        + (rows % (HEADS * GROUP_SIZE)).to(tl.int64) * stride_qh
     )
     q_mask = row_ok[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q_ptr += kv_head.to(tl.int64) * GROUP_SIZE * stride_qh  # a scalar: as part of the rows it costs registers
     q = tl.load(q_ptr + q_rows[:, None] + (offs_d * stride_qd)[None, :], mask=q_mask, other=0.0)
 
     if CONTIGUOUS:  # [.., tokens, heads, dim] without gaps: strides known to the compiler
