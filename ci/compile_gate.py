@@ -29,7 +29,7 @@ from hydragen.kernels.merge import merge
 from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.target import Target
-from hydragen.tuning import Tile, merge_registers, tiles_for
+from hydragen.tiles import Tile, merge_registers, tiles_for
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical

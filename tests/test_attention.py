@@ -12,7 +12,7 @@ import hydragen
 import hydragen.work
 from hydragen import api
 from hydragen.testing import Problem, view
-from hydragen.tuning import Tile
+from hydragen.tiles import Tile
 
 BASE = Problem(
     parents=(-1, 0, 0, 1),

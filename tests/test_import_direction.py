@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
     {"lengths"},
     {"kv"},
     {"merging", "tuning"},
+    {"tiles"},
     {"prefix_tiles"},
     {"kernels"},
     {"tree"},

@@ -8,7 +8,7 @@ import torch
 from judged import check
 
 import hydragen
-from hydragen import api, prefix_tiles
+from hydragen import api, tuning
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
 
@@ -18,7 +18,6 @@ pytestmark = [
         torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90"
     ),
 ]
-SIZES = {(k, v): name for k in (64, 128) for v in (64, 128) for name in ["wide"]}
 
 
 @pytest.fixture(
@@ -28,8 +27,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     """Each candidate in turn, with a program per task and with several tasks each."""
     name, persistent = request.param
     tile = replace(PREFIX_TILES[name], persistent=persistent)
-    monkeypatch.setitem(prefix_tiles.PREFIX_TILES, "wide", tile)
-    monkeypatch.setattr(prefix_tiles, "_CHOSEN", SIZES)
+    monkeypatch.setattr(tuning, "prefix_tile_for", lambda *_, **__: tile)
     api._PLANS.clear()
     yield
     api._PLANS.clear()

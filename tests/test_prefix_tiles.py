@@ -1,6 +1,7 @@
 """The specialised prefix tile as a choice: who gets it, in which launches, and who keeps the plain one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 import hydragen
-from hydragen import PackedKV, PagedKV, prefix_tiles
-from hydragen.prefix_tiles import MIN_ROWS, PREFIX_TILES, PrefixTile
+from hydragen import PackedKV, PagedKV, tuning
+from hydragen.prefix_tiles import MIN_ROWS, PREFIX_TILES, PrefixTile, prefix_tile_for
 from hydragen.target import H200, Target
 from hydragen.validation import check_attention
 from hydragen.work import WorkPlan, make_work_plan
@@ -18,8 +19,12 @@ from hydragen.work import WorkPlan, make_work_plan
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table as if a measurement had decided for one of the tiles."""
-    monkeypatch.setattr(prefix_tiles, "_CHOSEN", {(64, 64): "wide+1"})
+    """As if a measurement had decided for one of the tiles, whatever the shape."""
+
+    def one_for_all(arch: int, _k: int, _v: int, itemsize: int, **_: float) -> PrefixTile | None:
+        return PREFIX_TILES["wide+1"] if arch == 90 and itemsize == 2 else None
+
+    monkeypatch.setattr(tuning, "prefix_tile_for", one_for_all)
 
 
 def planned(
@@ -64,6 +69,25 @@ def special(plan: WorkPlan) -> list[bool]:
 def test_nobody_gets_it_before_it_is_measured() -> None:
     _, plan = planned(zeros(512, 1, 8, 64), levels([(1, 4096), (512, 16)]))
     assert not any(special(plan))
+    some = {"traffic": 1.0, "num_tasks": 64, "num_sms": 132}
+    assert prefix_tile_for(80, 128, 128, 2, **some) is None
+    assert prefix_tile_for(100, 128, 128, 2, **some) is None
+    assert prefix_tile_for(90, 128, 64, 2, **some) is None
+    assert prefix_tile_for(90, 128, 128, 4, **some) is None
+
+
+@pytest.mark.parametrize(
+    ("traffic", "num_tasks", "name", "persistent"),
+    [
+        (0.09, 256, "wide", True),
+        (0.36, 16, "wide", True),
+        (1.44, 256, "narrow+2", True),
+        (23, 64, "single", False),
+    ],
+)
+def test_what_is_best_for_a_shape(traffic: float, num_tasks: int, name: str, persistent: bool) -> None:
+    tile = prefix_tile_for(90, 128, 128, 2, traffic=traffic, num_tasks=num_tasks, num_sms=132)
+    assert tile == replace(PREFIX_TILES[name], persistent=persistent)
 
 
 @pytest.mark.usefixtures("chosen")

@@ -6,7 +6,8 @@ import pytest
 from hydragen import PrefixTree
 from hydragen.queries import Heads, Queries
 from hydragen.target import H100, H200, INTERPRETER, Target, target_of
-from hydragen.tuning import INVARIANT_SPLIT, Tile, choose_tiles, tiles_for
+from hydragen.tiles import Tile, tiles_for
+from hydragen.tuning import INVARIANT_SPLIT, choose_tiles, stream_seconds
 from hydragen.work import Segments, find_segments
 
 ARCHITECTURES = (0, 80, 86, 87, 89, 90, 100, 103, 120)
@@ -148,3 +149,35 @@ def test_choices_are_repeatable() -> None:
     second, _ = segments_of(*arguments)
     for name in ("tile", "heads", "split_size"):
         assert getattr(first, name).tolist() == getattr(second, name).tolist()
+
+
+SMALLEST = tiles_for(H200, 128, 128, 2)[0]
+
+
+def test_a_few_programs_too_few_are_worse_than_many() -> None:
+    """All placed at once, the fullest multiprocessor decides: 537 MB for 64 rows, 32 heads of 512 keys."""
+    megabyte = 2**20
+    once = stream_seconds(512, megabyte, SMALLEST, H200, 32, 2)
+    evened_out = stream_seconds(2048, megabyte / 4, SMALLEST, H200, 32, 2)
+    assert 512 * megabyte / H200.bandwidth < evened_out < 0.8 * once
+
+
+@pytest.mark.parametrize(
+    ("heads", "batch", "prefix", "suffix", "expected"),
+    [
+        (32, 64, 4096, 512, 1),
+        (32, 64, 1024, 128, 1),
+        (32, 256, 4096, 128, 8),
+        (8, 64, 4096, 128, 2),
+        (8, 256, 4096, 128, 4),
+        (8, 1024, 16384, 128, 4),
+    ],
+)
+def test_heads_per_program_on_an_h200(
+    heads: int, batch: int, prefix: int, suffix: int, expected: int
+) -> None:
+    tree = PrefixTree.from_levels([[prefix], [suffix] * batch])
+    queries = Queries.of(tree, np.arange(batch), np.ones(batch, np.int64))
+    assert tree.kv_lens is not None
+    segments, _ = find_segments(tree.kv_lens, queries, Heads(32, heads, 128, 128, 2), H200, False)
+    assert set(segments.heads[1:]) == {expected}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hydragen.tuning import Tile
+from hydragen.tiles import Tile
 from hydragen.work import ITEM_COLUMNS, Launch, WorkPlan
 
 # Items of a kind of tile that a first tree does not use at all.

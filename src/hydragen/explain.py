@@ -9,8 +9,8 @@ import torch
 
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target, target_of
+from hydragen.tiles import Tile
 from hydragen.tree import PrefixTree
-from hydragen.tuning import Tile
 from hydragen.validation.explain import check_cuda, check_explain
 from hydragen.work import Segments, WorkPlan, find_segments
 

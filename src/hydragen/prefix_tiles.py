@@ -8,7 +8,7 @@ multiprocessor of 65,536 registers and 227 KB: a suffix program of 64 threads ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The specialised tile pays from here on: below, most rows of its two consumers would be padding.
 MIN_ROWS = 256
@@ -31,6 +31,8 @@ class PrefixTile:
         Queries wait in shared memory, 16 KB per consumer at head_dim 128, and not in 32 registers.
     persistent : bool
         As many programs as fit at once, each with several tasks: what is launched next begins right away.
+    beside : int
+        Suffix programs that fit beside one of it at head_dim 128.
     """
 
     block_n: int
@@ -40,6 +42,7 @@ class PrefixTile:
     consumer_registers: int
     q_shared: bool = False
     persistent: bool = False
+    beside: int = 0
 
     @property
     def block_m(self) -> int:
@@ -56,27 +59,53 @@ class PrefixTile:
 # name -> tile; in brackets registers and KB of shared memory left beside one program at head_dim 128
 PREFIX_TILES: dict[str, PrefixTile] = {
     "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: nothing fits beside it
-    "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True),  # [13,312; 66]: one suffix program
-    "narrow+1": PrefixTile(64, 3, 2, 128, 176),  # [16,384; 130]: one
-    "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True),  # [25,600; 98]: two
-    "single": PrefixTile(64, 3, 1, 128, 232),  # [32,768; 130]: two, or a second program of its own
+    "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 66]: one suffix program
+    "narrow+1": PrefixTile(64, 3, 2, 128, 176, beside=1),  # [16,384; 130]: one
+    "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: two
+    "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: two, or a second program of its own
 }
 
-# Which tile serves a shape: (head_dim, head_dim_v) -> name. Empty until measured: the plain tile serves all.
-_CHOSEN: dict[tuple[int, int], str] = {}
+# (head_dim, head_dim_v) for which the choice below has been measured, and the plain tile is slower.
+_MEASURED = {(128, 128)}
+# Below this ratio of the memory traffic beside the prefix to its compute, nothing needs room beside it.
+_LITTLE_TRAFFIC = 0.72
 
 
-def prefix_tile_for(arch: int, head_dim: int, head_dim_v: int, itemsize: int) -> PrefixTile | None:
+def prefix_tile_for(
+    arch: int,
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int,
+    *,
+    traffic: float,
+    num_tasks: int,
+    num_sms: int,
+) -> PrefixTile | None:
     """Return the tile for shared segments of MIN_ROWS query rows and more; None: the plain one.
+
+    The fastest tile leaves no room beside it, and so do all of its kind that keep every multiprocessor busy:
+    measured on the 52 shapes of tests/bench/peers_h200.csv (docs/experiments.md), it is the best where the
+    prefix takes much longer than the traffic of everything else. Otherwise a tile that leaves room for two
+    suffix programs: with several tasks per multiprocessor the one of two consumers, with fewer a small one,
+    of which there are more.
 
     Parameters
     ----------
     arch : int
         Compute capability times ten: only 90 has these instructions.
     head_dim, head_dim_v : int
-        64 or 128 each.
+        128 each; others have not been measured.
     itemsize : int
         Bytes per element: 2.
+    traffic : float
+        Seconds of memory traffic beside these segments for each second of their compute, at the peak.
+    num_tasks, num_sms : int
+        Tasks of 128 rows and one KV head, and multiprocessors to share them.
     """
-    name = _CHOSEN.get((head_dim, head_dim_v))
-    return None if name is None or arch != 90 or itemsize != 2 else PREFIX_TILES[name]
+    if arch != 90 or itemsize != 2 or (head_dim, head_dim_v) not in _MEASURED:
+        return None
+    if traffic < _LITTLE_TRAFFIC:
+        return replace(PREFIX_TILES["wide"], persistent=True)
+    if num_tasks > num_sms:
+        return replace(PREFIX_TILES["narrow+2"], persistent=True)
+    return PREFIX_TILES["single"]

@@ -1,100 +1,21 @@
-"""Launch choices as a pure function of the problem and the device: tiles and splits. No device is touched
-here.
+"""Launch choices as a pure function of the problem and the device: tiles, heads and splits.
 
-The tables hold what the ahead-of-time compiler reports without spills for every option of the kernel
-(`ci/compile_gate.py` checks each entry for each target); docs/experiments.md has the measurements behind
-them.
+No device is touched here; docs/experiments.md has the measurements behind what is chosen.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hydragen.host_ints import IntArray
-from hydragen.prefix_tiles import MIN_ROWS, PrefixTile, prefix_tile_for
+from hydragen.prefix_tiles import MIN_ROWS, prefix_tile_for
 from hydragen.target import Target
+from hydragen.tiles import Tile
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One way to launch the attention tile.
-
-    Attributes
-    ----------
-    block_m : int
-        Query rows (query tokens x group_size) per program.
-    block_n : int
-        Keys per step.
-    num_warps, num_stages : int
-        Warps per program, steps of keys and values in flight.
-    loop_tail : bool
-        Write the last, masked step as a loop: saves registers at some sizes, costs some at others.
-    resident : int
-        Programs that fit one multiprocessor at a time.
-    registers : int
-        Most registers a thread may use in plain decoding. Said outright: left alone, ptxas takes more than it
-        needs, or spills a little to fit more programs. On sm_90, 152 for the 128-row tile of 256 threads
-        leave room for two 16-row programs of 64 threads and 192 registers beside it, which is what makes
-        launches overlap.
-    prefix : PrefixTile or None
-        The specialised tile that serves the same rows where it can; this one serves the rest.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    loop_tail: bool = False
-    resident: int = 1
-    registers: int = 255
-    prefix: PrefixTile | None = None
-
-    @property
-    def step(self) -> int:
-        """Keys per step of whichever tile runs: splits are multiples of it."""
-        return self.block_n if self.prefix is None else max(self.block_n, self.prefix.block_n)
-
-    def max_registers(self, plain: bool) -> int:
-        """Return the cap for a launch; `plain` decoding is contiguous and without masks."""
-        return self.registers if plain else 255
-
-
-# (architecture family, padded head dimension) -> tiles by rising block_m, for 2-byte types
-_HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    (0, 256): (Tile(16, 16, 4, 1, True), Tile(32, 32, 4, 1)),
-    (80, 64): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
-    (80, 128): (Tile(16, 64, 4, 3, False, 2), Tile(64, 64, 8, 2, True), Tile(128, 32, 8, 3, True)),
-    (80, 256): (Tile(16, 32, 8, 2, True), Tile(64, 32, 8, 2, True)),
-    (90, 64): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
-    (90, 128): (
-        Tile(16, 32, 2, 3, False, 5, registers=192),
-        Tile(64, 64, 4, 3, False, 2),
-        Tile(128, 64, 8, 3, registers=152),
-    ),
-    (100, 128): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
-    (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 16, 8, 2, True)),
-    (100, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2)),
-}
-# 2-byte types whose rows are not a multiple of 16 bytes: loads of single elements need many more registers
-_UNALIGNED_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    (0, 256): _HALF_TILES[0, 256],
-    (80, 128): (Tile(16, 32, 4, 1, True), Tile(64, 32, 8, 1, True)),
-    (80, 256): (Tile(16, 32, 8, 1, True),),
-    (90, 128): (Tile(16, 32, 4, 1, True), Tile(64, 16, 8, 1, True)),
-}
-# the same for float32, whose products are plain multiply-adds
-_FLOAT_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    (0, 256): (Tile(16, 16, 4, 1, True), Tile(32, 32, 4, 1)),
-    (80, 64): (Tile(16, 16, 4, 2, True, 2), Tile(32, 32, 8, 2, True)),
-    (80, 128): (Tile(16, 16, 8, 2, True),),
-    (80, 256): (Tile(16, 16, 8, 1, True),),
-    (100, 64): (Tile(16, 16, 4, 2, True, 2), Tile(32, 32, 8, 1, True)),
-}
-# Most registers of a thread in the merge. Left alone, ptxas spills a little for sm_100.
-_MERGE_REGISTERS = {100: 96}
 # Keys per split under batch_invariant: fixed, so that no neighbour in the batch moves a boundary.
 INVARIANT_SPLIT = 2048
 # Start and end of a program: table, queries, first keys; the partial.
@@ -104,36 +25,6 @@ _COMPUTE_EFFICIENCY = 0.6
 # Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
 # memory.
 _PROGRAM_BANDWIDTH = 40e9
-
-
-def merge_registers(target: Target) -> int:
-    """Return the cap on the registers of the merge, 0 for none."""
-    return max((cap for arch, cap in _MERGE_REGISTERS.items() if arch <= target.arch), default=0)
-
-
-def tiles_for(target: Target, head_dim: int, head_dim_v: int, itemsize: int) -> tuple[Tile, ...]:
-    """Return the tiles to choose from, by rising block_m.
-
-    Parameters
-    ----------
-    target : Target
-    head_dim, head_dim_v : int
-        1 to 256.
-    itemsize : int
-        Bytes per element of q, k and v: 2 or 4.
-    """
-    aligned = head_dim % 8 == 0 and head_dim_v % 8 == 0
-    table = _FLOAT_TILES if itemsize == 4 else _HALF_TILES if aligned else _UNALIGNED_TILES
-    padded = max(head_dim, head_dim_v)
-    # the newest family up to the target's that has tiles for this size; the interpreter is a family of its
-    # own
-    found = [(-arch, size) for arch, size in table if arch <= target.arch and size >= padded]
-    found = [key for key in found if (key[0] == 0) == (target.arch == 0)]
-    if found:
-        size = min(size for _, size in found)
-        family = -min(arch for arch, this in found if this == size)
-        return table[family, size]
-    raise ValueError(f"no tile for compute capability {target.arch / 10}; expected 8.0 or newer")
 
 
 def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool) -> IntArray:
@@ -168,16 +59,41 @@ def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: flo
 
 
 def specialise(
-    tiles: tuple[Tile, ...], chosen: IntArray, rows: IntArray, head_dim: int, head_dim_v: int, itemsize: int,
+    tiles: tuple[Tile, ...],
+    chosen: IntArray,
+    rows: IntArray,
+    compute: NDArray[np.float64],
+    traffic: NDArray[np.float64],
+    heads: tuple[int, int, int, int],
     target: Target,
-) -> tuple[tuple[Tile, ...], IntArray]:  # fmt: skip
+) -> tuple[tuple[Tile, ...], IntArray]:
     """Return the tiles and each segment's choice once the largest segments have a specialised tile.
 
     Where there is one for this device and these sizes, it is the last of the tiles: the one launched first.
+
+    Parameters
+    ----------
+    tiles, chosen : what is chosen among plain tiles
+    rows : int64 [segments]
+    compute, traffic : float64 [segments]
+        Seconds at the device's peaks.
+    heads : num_kv_heads, head_dim, head_dim_v, itemsize
+    target : Target
     """
-    special = prefix_tile_for(target.arch, head_dim, head_dim_v, itemsize)
+    num_kv_heads, head_dim, head_dim_v, itemsize = heads
     large = rows >= MIN_ROWS
-    if special is None or not large.any():
+    if not large.any():
+        return tiles, chosen
+    special = prefix_tile_for(
+        target.arch,
+        head_dim,
+        head_dim_v,
+        itemsize,
+        traffic=float(traffic[~large].sum() / compute[large].sum()),
+        num_tasks=int((-(-rows[large] // 128)).sum()) * num_kv_heads,
+        num_sms=target.num_sms,
+    )
+    if special is None:
         return tiles, chosen
     plain = next(tile for tile in tiles if tile.block_m == special.block_m)
     return (*tiles, replace(plain, prefix=special)), np.where(large, len(tiles), chosen)
@@ -191,13 +107,23 @@ def heads_per_program(
     itemsize: int,
     tile: Tile,
     target: Target,
+    bytes_per_key: int,
+    beside: tuple[int, int],
 ) -> int:
     """Return how many KV heads one program of a tile serves: several share the smallest tile instead of
     padding it.
 
-    The most heads that still read (nearly) the fewest keys, since where a segment has several query tokens
-    too many heads would split its rows over tiles, each of which reads the keys again; and that leave
-    programs enough to fill the device. One for float32, which has no registers to spare.
+    Not so many that a segment's rows are split over tiles, each of which reads the keys again; else as many
+    as keep the memory busy until the end (`stream_seconds`). Longer runs of memory are worth a few per cent;
+    where all heads that fit leave half of a tile empty, it is all or one (docs/experiments.md). One for
+    float32, which has no registers to spare.
+
+    Parameters
+    ----------
+    num_tok, kv_lens : int64 [segments]
+    bytes_per_key : int
+        Of one KV head, keys and values.
+    beside : multiprocessors that hold a program of another launch, and programs that fit beside each
     """
     if tile.block_m > 16 or itemsize == 4:
         return 1
@@ -208,12 +134,51 @@ def heads_per_program(
     ]
     blocks = [-(-num_tok * h * group_size // tile.block_m) for h in counts]
     reads = [int((kv_lens * block).sum()) for block in blocks]
-    good = [
-        h
-        for h, read, block in zip(counts, reads, blocks, strict=True)
-        if read <= 1.05 * min(reads) and int(block.sum()) * (num_kv_heads // h) >= 3 * target.num_sms
-    ]
-    return max(good, default=1)
+    best, best_time = 1, float("inf")
+    good = [h for h, read in zip(counts, reads, strict=True) if read <= 1.05 * min(reads)]
+    sparse = 2 * max(good) * group_size <= tile.block_m
+    for h in (max(good), 1) if sparse else reversed(good):
+        block = blocks[counts.index(h)]
+        programs = int(block.sum()) * (num_kv_heads // h)
+        size = reads[counts.index(h)] * num_kv_heads * bytes_per_key / max(programs, 1)
+        time = stream_seconds(programs, size, tile, target, *beside)
+        if time < 0.94 * best_time:
+            best, best_time = h, time
+    return best
+
+
+def stream_seconds(
+    programs: int, size: float, tile: Tile, target: Target, occupied: int, beside: int
+) -> float:
+    """Return how long programs that each read `size` bytes keep the memory busy.
+
+    If all find a place at once, the fullest multiprocessor decides, since nothing evens out the end; so a few
+    more programs than that are better than a few less. Fitted to docs/experiments.md, 15.
+
+    Parameters
+    ----------
+    programs : int
+    size : float
+    tile : Tile
+        `resident` of it fit a free multiprocessor.
+    target : Target
+    occupied, beside : int
+        Multiprocessors that hold a program of another launch, and how many of these fit beside it.
+    """
+    if target.arch < 90:
+        occupied = 0  # launches follow one another
+    if beside == 0:  # these run afterwards
+        occupied = 0
+    free = target.num_sms - occupied
+    share = target.bandwidth / target.num_sms  # of one multiprocessor
+    slots = free * tile.resident + occupied * beside
+    fullest = next(
+        (k for k in range(1, tile.resident + 1) if free * k + occupied * min(k, beside) >= programs), 0
+    )
+    if fullest:
+        return 1.2 * fullest * size / min(share, 0.75 * share * fullest)
+    most = beside if occupied > free else tile.resident
+    return programs * (size / target.bandwidth + 0.4e-6 / slots) + 0.15 * most * size / share
 
 
 def split_size(

@@ -17,16 +17,9 @@ from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.queries import Heads, Queries
 from hydragen.target import Target
+from hydragen.tiles import Tile, tiles_for
 from hydragen.tree import PrefixTree
-from hydragen.tuning import (
-    Tile,
-    choose_tiles,
-    heads_per_program,
-    prefer_medium,
-    specialise,
-    split_size,
-    tiles_for,
-)
+from hydragen.tuning import choose_tiles, heads_per_program, prefer_medium, specialise, split_size
 
 # The columns of the work table, as kernels/attend.py reads them.
 ITEM_COLUMNS = ("node", "level", "slot", "begin", "end", "tok_begin", "num_tok", "row_begin", "dest")
@@ -108,9 +101,8 @@ def find_segments(
     tile = choose_tiles(rows, tiles, batch_invariant)
     dims = heads.head_dim + heads.head_dim_v
     flops = 2.0 * kv_len * rows * heads.num_kv_heads * dims
-    traffic = (
-        kv_len * float(heads.num_kv_heads * dims * heads.itemsize) / target.bandwidth
-    )  # seconds, read once
+    bytes_per_key = heads.num_kv_heads * dims * heads.itemsize
+    traffic = np.asarray(kv_len * (bytes_per_key / target.bandwidth), np.float64)  # seconds, read once
     largest = tile == len(tiles) - 1
     if len(tiles) > 2 and largest.any() and not batch_invariant:
         blocks = -(-rows[largest] // tiles[-2].block_m) * heads.num_kv_heads
@@ -118,9 +110,11 @@ def find_segments(
         if prefer_medium(kv_len[largest], blocks, compute, alone, target):
             tile[largest] -= 1
     if not batch_invariant and specialised:
-        tiles, tile = specialise(tiles, tile, rows, heads.head_dim, heads.head_dim_v, heads.itemsize, target)
+        sizes = (heads.num_kv_heads, heads.head_dim, heads.head_dim_v, heads.itemsize)
+        tiles, tile = specialise(tiles, tile, rows, np.asarray(flops / target.flops), traffic, sizes, target)
     size, together = np.ones_like(kv_len), np.ones_like(kv_len)
-    for index in np.unique(tile):
+    occupied, beside = 0, 0  # by the launches so far, the largest tiles first
+    for index in np.unique(tile)[::-1]:
         chosen = tile == index
         if fixed_heads is not None:
             shared = fixed_heads[tiles[index]]
@@ -135,11 +129,14 @@ def find_segments(
                 heads.itemsize,
                 tiles[index],
                 target,
+                dims * heads.itemsize,
+                (min(occupied, target.num_sms), beside),
             )
         together[chosen] = shared
+        programs = -(-rows[chosen] * shared // tiles[index].block_m) * (heads.num_kv_heads // shared)
         size[chosen] = split_size(
             kv_len[chosen],
-            -(-rows[chosen] * shared // tiles[index].block_m) * (heads.num_kv_heads // shared),
+            programs,
             tiles[index],
             target,
             batch_invariant,
@@ -152,6 +149,8 @@ def find_segments(
             / target.bandwidth,
             beside=float(traffic[~chosen].sum()),
         )
+        occupied += int((programs * -(-kv_len[chosen] // size[chosen])).sum())
+        beside = tiles[index].beside
     return Segments(node, kv_len, queries.begin[node], num_tok, tile, together, size), tiles
 
 

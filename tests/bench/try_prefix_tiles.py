@@ -27,7 +27,7 @@ from shapes import Inputs, Shape, build, shape
 from timing import GpuTimer, sample
 
 import hydragen
-from hydragen import prefix_tiles, work
+from hydragen import prefix_tiles, tuning, work
 from hydragen.backends.prefix import WHY_NOT
 
 SPARE = 100  # tokens of NaN behind the prefix: a block that ends past the segment must not see them
@@ -39,8 +39,8 @@ SECONDS = 450.0
 class Variant:
     """What is decided otherwise; None: as the library decides.
 
-    `tile`: a name of PREFIX_TILES; `prefix_splits`: programs that share a prefix; `suffix_keys`: keys of a
-    suffix program; `suffix_heads`: its KV heads.
+    `tile`: a name of PREFIX_TILES, or "plain"; `prefix_splits`: programs that share a prefix; `suffix_keys`:
+    keys of a suffix program; `suffix_heads`: its KV heads.
     """
 
     name: str
@@ -52,8 +52,10 @@ class Variant:
 
 
 PLAIN = Variant("as it is")
+NONE = Variant("plain", "plain")
 TILES = [
     PLAIN,
+    NONE,
     Variant("wide", "wide"),
     Variant("wide, persistent", "wide", persistent=True),
     Variant("wide+1", "wide+1"),
@@ -65,7 +67,7 @@ TILES = [
 ]
 # where the programs fit one wave, persistent ones are the same
 ONE_WAVE = [variant for variant in TILES if not variant.persistent or variant.tile == "narrow+1"]
-ALONE = [PLAIN, *(Variant(name, name) for name in prefix_tiles.PREFIX_TILES)]
+ALONE = [PLAIN, NONE, *(Variant(name, name) for name in prefix_tiles.PREFIX_TILES)]
 MEMORY_BOUND = [
     PLAIN,
     Variant("suffix 256 keys", suffix_keys=256),
@@ -109,20 +111,17 @@ def deciding(variant: Variant) -> Iterator[None]:
         small = given[5].block_m <= 16 and variant.suffix_heads is not None
         return variant.suffix_heads if small else heads_per_program(*given)
 
-    chosen = {}
-    if variant.tile is not None:
+    tile: prefix_tiles.PrefixTile | None = None
+    if variant.tile is not None and variant.tile != "plain":
         if WHY_NOT is not None:
             raise ImportError(f"this Triton has no Gluon as the kernel needs it: {WHY_NOT}")
         tile = replace(prefix_tiles.PREFIX_TILES[variant.tile], persistent=variant.persistent)
-        chosen = {(128, 128): variant.tile}
     with ExitStack() as stack:
         instead = {"split_size": splits, "heads_per_program": heads}
         for name, function in instead.items():
             stack.enter_context(set_to(work, name, function))
-        stack.enter_context(set_to(prefix_tiles, "_CHOSEN", chosen))
-        if chosen:
-            changed = {**prefix_tiles.PREFIX_TILES, variant.tile: tile}
-            stack.enter_context(set_to(prefix_tiles, "PREFIX_TILES", changed))
+        if variant.tile is not None:
+            stack.enter_context(set_to(tuning, "prefix_tile_for", lambda *_, **__: tile))
         yield
 
 

@@ -11,7 +11,7 @@ from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kv import Strides
 from hydragen.queries import Heads
-from hydragen.tuning import merge_registers
+from hydragen.tiles import merge_registers
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
