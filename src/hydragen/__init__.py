@@ -1,5 +1,7 @@
 """Exact attention over batches of sequences that share prefixes (Hydragen, arXiv 2402.05099)."""
 
+from importlib import import_module
+
 from hydragen.api import attention, plan
 from hydragen.explain import Explanation, explain
 from hydragen.kv import PackedKV, PagedKV
@@ -21,3 +23,10 @@ __all__ = [
     "merge_states",
     "plan",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Find `generate`, which needs the extra `transformers`, when it is first asked for."""
+    if name == "generate":
+        return import_module("hydragen.transformers").generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,183 @@
+"""The attention implementation "hydragen" of transformers: a function for attention and one for its mask."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hydragen.api import attention
+from hydragen.transformers.layers import PrefixLayer, take_handed_over
+
+NAME = "hydragen"
+_WARNED = False
+
+
+def register() -> None:
+    """Make attn_implementation="hydragen" known to transformers."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: PrefixLayer | Tensor,
+    value: PrefixLayer | Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as a transformers model calls it.
+
+    Over a PrefixCache this is `hydragen.attention`; over plain keys and values (no cache, or an ordinary one)
+    it is ordinary attention.
+
+    Parameters
+    ----------
+    query : tensor [rows, num_q_heads, tokens, head_dim]
+    key, value : PrefixLayer, or tensors [rows, num_kv_heads, kv_tokens, head_dim or head_dim_v]
+    attention_mask : what `make_mask` made
+    position_ids : tensor [rows or 1, tokens], optional
+    sliding_window, softcap, s_aux : optional
+        What the layer has: a window (a PrefixCache knows it), Gemma 2's soft cap, gpt-oss's sinks.
+
+    Returns
+    -------
+    (tensor [rows, tokens, num_q_heads, head_dim_v], None)
+    """
+    layer = key if isinstance(key, PrefixLayer) else take_handed_over()
+    if others.get("output_attentions"):
+        raise ValueError(
+            "output_attentions must be False, because the weights are never in one place, got True; "
+            'set_attn_implementation("eager") to look at them'
+        )
+    if layer is None:
+        return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None  # type: ignore[arg-type]
+    if dropout:
+        raise ValueError(f"dropout must be 0 over a PrefixCache, got {dropout}; call model.eval()")
+    if sliding_window is not None and sliding_window != layer.window:
+        raise ValueError(
+            f"layer {layer.index} must have the sliding window of its model's config, {layer.window}, got "
+            f"{sliding_window}; make the cache for the model that uses it"
+        )
+    if layer.latent:
+        layer.store(key, value, position_ids, attention_mask)  # type: ignore[arg-type]
+    elif layer.incoming is not None:  # None where a layer reuses what another has stored
+        k, v = layer.incoming
+        layer.incoming = None
+        layer.store(k, v, position_ids, attention_mask)
+    step = layer.rows.step
+    out = attention(
+        query.transpose(1, 2),
+        _padded(layer.kv()),
+        tree=step.tree,
+        kv_lens=layer.rows.kv_lens(),
+        scale=scaling,
+        causal=step.causal,
+        window=layer.window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    assert isinstance(out, Tensor)  # noqa: S101  (not input: without return_lse it is one)
+    return out, None
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **options: Any,
+) -> Tensor | None:
+    """Over a PrefixCache, which of the new tokens are no padding, bool [rows, tokens]; else sdpa's mask."""
+    if kv_length == 0:
+        if use_vmap or not allow_is_causal_skip:
+            raise ValueError(
+                "the model masks its attention in a way of its own (images, packed sequences, blocks), which "
+                'a PrefixCache cannot do; set_attn_implementation("sdpa") and an ordinary cache can'
+            )
+        return None if attention_mask is None else attention_mask[:, -q_length:].bool()
+    if isinstance(q_offset, int) and q_offset > 0:
+        _warn_once()
+    mask: Tensor | None = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        **options,
+    )
+    return mask
+
+
+def _ordinary(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
+    dropout: float, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention over plain keys and values; [rows, tokens, num_q_heads, head_dim_v]."""
+    if softcap is None and sinks is None:
+        out: Tensor = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling)[0]
+        return out
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if sinks is not None:
+        extra = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, extra], dim=-1)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)[..., : k.shape[2]].to(v.dtype)
+    return (nn.functional.dropout(weights, dropout, module.training) @ v).transpose(1, 2)
+
+
+def _warn_once() -> None:
+    global _WARNED
+    if not _WARNED:
+        _WARNED = True
+        warnings.warn(
+            'attn_implementation="hydragen" goes on from an ordinary cache, which holds prompts once per '
+            "row: correct, but nothing is shared. Use hydragen.generate, or pass "
+            "past_key_values=hydragen.transformers.PrefixCache(model).prefill(ids).fork(n)",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _padded(kv):  # until levels may be packed
+    out = []
+    for level in kv:
+        if isinstance(level, tuple):
+            out.append(level)
+            continue
+        starts = level.cu_seqlens_k
+        size = max(int((starts[1:] - starts[:-1]).max()), 1)
+        pair = []
+        for x in (level.k, level.v):
+            y = x.new_zeros(len(starts) - 1, size, *x.shape[1:])
+            for i in range(len(starts) - 1):
+                y[i, : starts[i + 1] - starts[i]] = x[starts[i] : starts[i + 1]]
+            pair.append(y)
+        out.append(tuple(pair))
+    return out

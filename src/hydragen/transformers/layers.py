@@ -1,0 +1,144 @@
+"""One model layer's share of the cache: new tokens on their way to the attention function, and the tail."""
+
+from __future__ import annotations
+
+import threading
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hydragen.host_ints import IntArray
+from hydragen.kv import PackedKV
+from hydragen.transformers.rows import Layout, Rows
+
+_HANDED_OVER = threading.local()
+
+
+class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer: shared levels, read only, and a tail per row that grows.
+
+    `update` returns the layer itself in place of keys and values: the model hands both on to the attention
+    function unread, and that is the hydragen function or fails loudly. Only models that cache latents (MLA)
+    do arithmetic with what `update` returns: they get back their new tokens, and the attention function finds
+    the layer by `take_handed_over`.
+    """
+
+    is_compileable = False
+
+    def __init__(self, index: int, rows: Rows, window: int | None, latent: bool) -> None:
+        super().__init__()
+        self.index, self.rows, self.window, self.latent = index, rows, window, latent
+        self.is_sliding = window is not None
+        # Forward passes that wrote here; a layer behind the others means that one broke off.
+        self.steps = rows.steps
+        self.layout: Layout | None = None
+        self.incoming: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[object, object]:
+        """Take a forward pass's new keys and values, each [rows, heads, tokens, dim], on to `store`."""
+        if getattr(_HANDED_OVER, "layer", None) is not None:
+            _HANDED_OVER.layer = None
+            _wrong_attention()
+        if self.latent:
+            _HANDED_OVER.layer = self
+            return key_states, value_states
+        self.incoming = key_states, value_states
+        return self, self
+
+    def store(self, k: Tensor, v: Tensor, position_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Append the new tokens, k and v [rows, heads, tokens, dim], to the rows' tails."""
+        num_rows, _, q_len, _ = k.shape
+        if self.steps == self.rows.steps:
+            self.rows.begin_step(num_rows, q_len, position_ids, mask)
+        if self.steps != self.rows.steps - 1:
+            raise RuntimeError(
+                "a forward pass over this cache broke off halfway, so its layers hold different tokens; call "
+                "cache.reset() and feed the rows again (the shared prefix is intact)"
+            )
+        self.steps += 1
+        step = self.rows.step
+        if self.layout is not step.layout:
+            self._move(step.layout, k, v)
+        for tail, new in ((self.keys, k), (self.values, v)):
+            tokens = new.transpose(1, 2).flatten(0, 1)  # [rows * tokens, heads, dim]
+            tail.index_copy_(0, step.target, tokens if step.source is None else tokens[step.source])
+
+    def kv(self) -> list[PackedKV | tuple[Tensor, Tensor]]:
+        """Return this layer's levels as `hydragen.attention` takes them: shared ones, then the tail."""
+        if self.layout is None:
+            raise RuntimeError("this layer of the cache is empty; run the model over some tokens first")
+        shared = [level.kv[self.index] for level in self.rows.levels]
+        return [*shared, self.layout.as_kv(self.keys, self.values)]
+
+    def _move(self, layout: Layout, k: Tensor, v: Tensor) -> None:
+        """Make room: allocate `layout` and copy the tokens that are there."""
+        old = self.layout
+        size = layout.total * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+        try:
+            keys = k.new_empty(layout.total, k.shape[1], k.shape[3])
+            values = v.new_empty(layout.total, v.shape[1], v.shape[3])
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, RuntimeError on a CPU
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise MemoryError(
+                f"the rows' own tokens need {size / 2**30:,.3g} GiB in each of {self.rows.num_layers} layers "
+                f"({size * self.rows.num_layers / 2**30:,.3g} GiB in all, for {layout.size} rows and "
+                f"{layout.total} tokens); fork fewer rows or ask for fewer new tokens. The shared prefix is "
+                "intact: call cache.reset() and go on"
+            ) from error
+        if old is not None:
+            source, target = layout.moves(old, self.rows.lens_before)
+            keys.index_copy_(0, target.to(k.device), self.keys[source.to(k.device)])
+            values.index_copy_(0, target.to(v.device), self.values[source.to(v.device)])
+        self.keys, self.values, self.layout, self.is_initialized = keys, values, layout, True
+
+    def drop(self) -> None:
+        """Forget the tail; its memory goes unless a fork shares it."""
+        self.keys = self.values = self.layout = self.incoming = None
+        self.is_initialized = False
+        self.steps = self.rows.steps
+
+    def reorder(self, rows: IntArray) -> None:
+        """Move the tails so that row i continues what row rows[i] was."""
+        if self.layout is not None:
+            source, target = self.layout.moves(self.layout, self.rows.lens, rows)
+            for tail in (self.keys, self.values):
+                tail.index_copy_(0, target.to(tail.device), tail[source.to(tail.device)])
+
+    def get_seq_length(self) -> int:
+        """Tokens that every row has at least: what `generate` need not feed again."""
+        return int((self.rows.path_lens + self.rows.lens).min()) if self.rows.size else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002  (transformers' signature)
+        """No mask over keys is wanted: (0, 0) tells the hydragen mask function so."""
+        return 0, 0
+
+    def get_max_length(self) -> int:
+        """There is no maximum."""
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Tails are allocated when the first tokens come."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ("shape", "dtype", "device", "transpose", "contiguous", "size", "dim"):
+            _wrong_attention()
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+def take_handed_over() -> PrefixLayer | None:
+    """Return the layer whose `update` was called last, once, if it caches latents."""
+    layer: PrefixLayer | None = getattr(_HANDED_OVER, "layer", None)
+    _HANDED_OVER.layer = None
+    return layer
+
+
+def _wrong_attention() -> NoReturn:
+    raise AttributeError(
+        "a hydragen PrefixCache met another attention function; load the model with "
+        'attn_implementation="hydragen", or call model.set_attn_implementation("hydragen")'
+    )

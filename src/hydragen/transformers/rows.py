@@ -1,0 +1,251 @@
+"""The rows of a cache: what they share, how much of their own they hold, and where the next tokens go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydragen.host_ints import IntArray, frozen
+from hydragen.kv import PackedKV
+from hydragen.tree import PrefixTree
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each row's tail begins in one flat tensor, and how much fits: int64 [rows] each."""
+
+    starts: IntArray
+    capacity: IntArray
+
+    @classmethod
+    def of(cls, capacity: IntArray) -> Layout:
+        """Lay the tails end to end."""
+        return cls(frozen(np.cumsum(capacity) - capacity), frozen(capacity.copy()))
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.starts.size
+
+    @property
+    def total(self) -> int:
+        """Tokens that fit in all rows together."""
+        return int(self.capacity.sum())
+
+    def as_kv(self, k: Tensor, v: Tensor) -> PackedKV | tuple[Tensor, Tensor]:
+        """View flat tensors [total, heads, dim] as a level: padded if rows are of one size, else packed."""
+        if self.size and (self.capacity == self.capacity[0]).all():
+            shape = self.size, int(self.capacity[0])
+            return k.unflatten(0, shape), v.unflatten(0, shape)
+        return PackedKV(k, v, np.append(self.starts, self.total))
+
+    def moves(self, old: Layout, lens: IntArray, rows: IntArray | None = None) -> tuple[Tensor, Tensor]:
+        """Return flat indices (in `old`, here) that bring the lens[r] tokens of row r = rows[i] to row i."""
+        rows = np.arange(self.size) if rows is None else rows
+        counts = lens[rows]
+        rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        source, target = np.repeat(old.starts[rows], counts) + rank, np.repeat(self.starts, counts) + rank
+        return torch.from_numpy(source), torch.from_numpy(target)
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """A level of the tree of shared tokens; read only from the moment it is made.
+
+    Attributes
+    ----------
+    parents : int64 [nodes]
+        Each node's parent, counted within the level above; -1 in the first.
+    lens : int64 [nodes]
+        Tokens in each node.
+    kv : per layer, PackedKV or (k, v)
+    """
+
+    parents: IntArray
+    lens: IntArray
+    kv: tuple[PackedKV | tuple[Tensor, Tensor], ...]
+
+
+class Step(NamedTuple):
+    """Where one forward pass writes.
+
+    Row `source[i]` of the flattened [rows * q_len] new tokens, all of them in order if None, goes to
+    `target[i]` of the tails in `layout`.
+    """
+
+    layout: Layout
+    source: Tensor | None
+    target: Tensor
+    tree: PrefixTree
+    causal: bool
+
+
+class Rows:
+    """Structure and lengths of a cache's rows, the same for every layer of the model.
+
+    Row r's tokens are the path of levels down to node `parents[r]` of the last level, and then its own tail
+    of `lens[r]` tokens. Lengths live on the host, where they are checked, and on the device, where attention
+    reads them.
+    """
+
+    def __init__(
+        self, levels: tuple[Level, ...], parents: IntArray, num_layers: int, device: torch.device
+    ) -> None:
+        self.levels, self.parents, self.num_layers, self.device = levels, parents, num_layers, device
+        self.path_lens = _path_lens(levels, parents)
+        self.lens = np.zeros(parents.size, dtype=np.int64)
+        self.lens_before = self.lens
+        self.lens_on_device = torch.zeros(parents.size, dtype=torch.int32, device=device)
+        self.reserved = np.zeros(parents.size, dtype=np.int64)
+        self.layout: Layout | None = None
+        self.steps = 0
+        self.step: Step
+        # The next forward pass is the first of a prompt: positions are compared once.
+        self.fresh = True
+        # Rows and token counts of the next forward pass, when the caller of the model knows them.
+        self.announced: tuple[IntArray, IntArray] | None = None
+        self._trees: dict[bytes, PrefixTree] = {}
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.parents.size
+
+    def adopt(self, num_rows: int) -> None:
+        """Become that many rows that share nothing; only a cache without rows can."""
+        self.parents = np.full(num_rows, -1)
+        self.path_lens = np.zeros(num_rows, dtype=np.int64)
+        self.lens = np.zeros(num_rows, dtype=np.int64)
+        self.clear()
+
+    def reserve(self, counts: IntArray) -> None:
+        """Say how many more tokens each row will get, so that there is room for exactly these."""
+        self.reserved = self.lens + counts
+
+    def announce(self, rows: IntArray, counts: IntArray) -> None:
+        """Say what the next forward pass brings: counts[i] tokens, at the right end, for row rows[i]."""
+        self.announced = rows, counts
+
+    def begin_step(self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Work out where a forward pass's tokens go, and count them; the first layer calls this."""
+        if self.announced is not None:
+            rows, counts = self.announced
+            self.announced = None
+        else:
+            counts = self._arriving(num_rows, q_len, position_ids, mask)
+            rows = np.arange(self.size)
+        before = self.lens
+        after = before.copy()
+        after[rows] += counts
+        layout = self._room(after)
+        rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        target = np.repeat((layout.starts + before)[rows], counts) + rank
+        source = None
+        if not (counts == q_len).all():
+            source = np.repeat(np.arange(1, rows.size + 1) * q_len - counts, counts) + rank
+        self.step = Step(
+            layout,
+            None if source is None else torch.from_numpy(source).to(self.device),
+            torch.from_numpy(target).to(self.device),
+            self._tree(rows),
+            q_len > 1,
+        )
+        self.lens_before, self.lens = before, after
+        self.lens_on_device = torch.from_numpy(after.astype(np.int32)).to(self.device)
+        self.layout, self.fresh = layout, False
+        self.steps += 1
+
+    def _arriving(
+        self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None
+    ) -> IntArray:
+        """Find out how many tokens each row gets, from what the model handed on to its attention."""
+        if self.size == 0:
+            self.adopt(num_rows)
+        if num_rows != self.size:
+            raise ValueError(
+                f"the cache must have a row per sequence of the batch, {num_rows}, got {self.size}; fork it "
+                "into prompts x max(num_beams, num_return_sequences) rows: cache.fork(n)"
+            )
+        if q_len == 1 and not self.fresh:
+            return np.ones(self.size, dtype=np.int64)
+        if position_ids is None or position_ids.dim() != 2:
+            raise TypeError(
+                "this model does not hand [rows, tokens] position_ids on to its attention, so rows cannot be "
+                "told from padding; use hydragen.generate or cache.generate, which know them"
+            )
+        begin = self.path_lens + self.lens  # [rows]
+        positions = position_ids.expand(num_rows, -1).cpu().numpy()
+        new = positions >= begin[:, None]
+        if mask is not None:
+            new &= mask.cpu().numpy()
+        counts = new.sum(axis=1)
+        if (np.diff(new.astype(np.int8), axis=1) < 0).any():
+            raise ValueError("prompts must be padded on the left; set tokenizer.padding_side = 'left'")
+        wrong = np.flatnonzero(counts == 0)
+        if wrong.size:
+            row = int(wrong[0])
+            raise ValueError(
+                f"input_ids must bring at least one new token for every row, got none for row {row}: its "
+                f"cache already holds {begin[row]} tokens; cache all but the last token of a prompt, and "
+                "call cache.reset() or fork again before you use a cache for another prompt"
+            )
+        expected = begin[:, None] + np.arange(q_len) - (q_len - counts)[:, None]
+        wrong = np.flatnonzero((new & (positions != expected)).any(axis=1))
+        if wrong.size:
+            row = int(wrong[0])
+            raise ValueError(
+                f"positions of row {row} must go on at {begin[row]}, where its cache ends, got "
+                f"{positions[row, q_len - counts[row]]}; pass the whole sequence with attention_mask, and "
+                "fork the cache into rows of the same prompts in the same order"
+            )
+        return counts
+
+    def _room(self, needed: IntArray) -> Layout:
+        """Return a layout that holds `needed` tokens per row: the one there is, if it does."""
+        old = self.layout
+        if old is not None and (needed <= old.capacity).all():
+            return old
+        if old is None:
+            # What is asked for, exactly, and room to decode without moving at once
+            exact = self.reserved.size == needed.size and (self.reserved >= needed).all()
+            return Layout.of(self.reserved if exact else np.full(self.size, max(16, needed.max())))
+        return Layout.of(np.full(self.size, max(needed.max(), 2 * old.capacity.max())))
+
+    def _tree(self, rows: IntArray) -> PrefixTree:
+        """Return the tree of shared nodes and tails, row i of the batch ending at the tail of rows[i]."""
+        key = rows.tobytes()
+        if key not in self._trees:
+            levels = [*(level.parents for level in self.levels), self.parents]
+            first = np.cumsum([0, *(parents.size for parents in levels)])
+            parents = [np.where(p < 0, -1, p + first[max(i - 1, 0)]) for i, p in enumerate(levels)]
+            self._trees[key] = PrefixTree.from_parents(np.concatenate(parents), row_to_node=first[-2] + rows)
+        return self._trees[key]
+
+    def kv_lens(self) -> list[IntArray | Tensor]:
+        """Lengths of all nodes, level by level, as `hydragen.attention` takes them."""
+        return [*(level.lens for level in self.levels), self.lens_on_device]
+
+    def permute(self, rows: IntArray) -> None:
+        """Let row i continue what row rows[i] was."""
+        self.parents, self.path_lens = self.parents[rows], self.path_lens[rows]
+        self.lens = self.lens[rows]
+        self.lens_on_device = torch.from_numpy(self.lens.astype(np.int32)).to(self.device)
+        self._trees = {}
+
+    def clear(self) -> None:
+        """Forget the tails."""
+        self.lens = np.zeros_like(self.lens)
+        self.lens_on_device = torch.zeros(self.size, dtype=torch.int32, device=self.device)
+        self.layout, self.fresh, self.announced = None, True, None
+
+
+def _path_lens(levels: tuple[Level, ...], parents: IntArray) -> IntArray:
+    """Tokens on the shared path of each row."""
+    above = np.zeros(1, dtype=np.int64)
+    for level in levels:
+        above = above[level.parents] + level.lens if level.parents[:1].max(initial=-1) >= 0 else level.lens
+    return above[parents] if levels else np.zeros(parents.size, dtype=np.int64)

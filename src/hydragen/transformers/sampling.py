@@ -1,0 +1,110 @@
+"""Choosing the next token: greedy, or drawn with a seed per sequence that no other sequence touches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from hydragen.host_ints import as_positive_int
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; the filters are transformers' own.
+
+    Attributes
+    ----------
+    do_sample : bool
+        Draw; False takes the likeliest token.
+    temperature : float
+        Logits are divided by it.
+    top_k, top_p, min_p : optional
+        Keep the k likeliest tokens, the smallest set of at least this probability, those at least this share
+        as likely as the likeliest.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"temperature must be a positive number, got {self.temperature}; do_sample=False is greedy"
+            )
+        if self.top_k is not None:
+            as_positive_int(self.top_k, "top_k")
+        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {share}; None switches it off")
+        filtered = (self.temperature, self.top_k, self.top_p, self.min_p) != (1.0, None, None, None)
+        if not self.do_sample and filtered:
+            raise ValueError(
+                f"do_sample must be True for temperature, top_k, top_p or min_p to matter, got {self}; "
+                "pass do_sample=True"
+            )
+
+    def choose(self, logits: Tensor, seeds: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose a token per row.
+
+        Parameters
+        ----------
+        logits : tensor [rows, vocabulary]
+        seeds : int64 [rows]
+        counts : int64 [rows]
+            How many tokens each row has drawn before: the draw depends on the seed and this alone.
+
+        Returns
+        -------
+        tokens : int64 [rows]
+        logprobs : float32 [rows]
+            Under the model's own distribution, before temperature and filters.
+        """
+        logits = logits.float()
+        if self.do_sample:
+            tokens = draw(torch.softmax(self._filtered(logits), dim=-1), uniform(seeds, counts))
+        else:
+            tokens = logits.argmax(dim=-1)
+        picked = logits.gather(1, tokens[:, None])[:, 0]
+        return tokens, picked - torch.logsumexp(logits, dim=-1)
+
+    def _filtered(self, logits: Tensor) -> Tensor:
+        none = torch.empty(0)  # the filters take the tokens so far, and do not look at them
+        logits = TemperatureLogitsWarper(float(self.temperature))(none, logits)
+        if self.top_k is not None:
+            logits = TopKLogitsWarper(self.top_k)(none, logits)
+        if self.top_p is not None:
+            logits = TopPLogitsWarper(self.top_p)(none, logits)
+        if self.min_p is not None:
+            logits = MinPLogitsWarper(self.min_p)(none, logits)
+        return logits
+
+
+def draw(probabilities: Tensor, at: Tensor) -> Tensor:
+    """Invert the cumulative distribution of each row, probabilities [rows, vocabulary], at `at` [rows]."""
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    # right=True: the first token whose sum exceeds the point, so never one of probability 0
+    points = at[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
+
+
+def uniform(seeds: Tensor, counts: Tensor) -> Tensor:
+    """Return numbers in [0, 1), float64, that are a function of seed and count: SplitMix64 (Steele, 2014)."""
+    x = _mixed(_mixed(seeds) + (counts + 1) * _GOLDEN)
+    return ((x >> 11) & (2**53 - 1)).to(torch.float64) * 2.0**-53
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer on int64, which wraps as uint64 does; its shifts fill with zeros."""
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x ^ ((x >> 31) & (2**33 - 1))

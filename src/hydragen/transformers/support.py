@@ -1,0 +1,79 @@
+"""Which models can work over shared prefixes, and why the others cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """Return the configuration of the model's decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def check_model(model: object) -> PreTrainedModel:
+    """Return `model` if it can generate over a PrefixCache; else TypeError or ValueError with the reason."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers causal LM, got {type(model).__name__}; load one with "
+            'AutoModelForCausalLM.from_pretrained(path, attn_implementation="hydragen")'
+        )
+    name = type(model).__name__
+    config = text_config(model)
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ValueError(f"model must be a decoder that generates, got {name}; use a causal LM")
+    others = sorted(set(layer_kinds(model)) - set(_KINDS))
+    if others:
+        raise ValueError(
+            f"model must attend to all tokens or a sliding window in every layer, got {name} with "
+            f"{', '.join(others)}, whose state is no list of tokens that rows could share; use the model's own "
+            "cache"
+        )
+    if not model.is_backend_compatible():
+        raise ValueError(
+            f"model must call its attention through transformers' AttentionInterface, got {name}, which has "
+            "it built in; use the model's own cache"
+        )
+    if getattr(config, "is_causal", None) is False or getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(f"model must be causal, got {name} with bidirectional attention; use a causal LM")
+    implementation = config._attn_implementation  # noqa: SLF001  (transformers has no public name for it)
+    if implementation != "hydragen":
+        raise ValueError(
+            f'model must have attn_implementation="hydragen", got {implementation!r}; load it so, or '
+            'call model.set_attn_implementation("hydragen")'
+        )
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            "model must be on one device, or tensor parallel, got layers spread over "
+            f"{sorted(map(str, devices))}; load it "
+            'without device_map, or with tp_plan="auto" under torchrun'
+        )
+    return model
+
+
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """Return what each layer that has a cache attends to."""
+    kinds: list[str] = get_layer_types_and_kwargs(text_config(model))[0]
+    return kinds
+
+
+def layer_windows(model: PreTrainedModel) -> list[int | None]:
+    """Return the sliding window of each layer that has a cache, None for full attention."""
+    kinds, options = get_layer_types_and_kwargs(text_config(model))
+    return [options["sliding_window"] if kind == "sliding_attention" else None for kind in kinds]
+
+
+def caches_latents(model: PreTrainedModel) -> bool:
+    """Whether the model caches compressed keys and values (multi-head latent attention)."""
+    return getattr(text_config(model), "kv_lora_rank", None) is not None
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions the model has been made for, if its configuration says so."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
