@@ -167,7 +167,7 @@ def test_a_fork_at_the_wrong_node_is_caught(pair: Pair, monkeypatch: pytest.Monk
     prompts = [prompt + tokens(3, 7) for prompt in PROMPTS]
     expected = generate(reference, prompts)
     cache = PrefixCache(ours).prefill(SYSTEM).fork(3).extend(QUESTIONS).fork()
-    cache._rows.parents = np.roll(cache._rows.parents, 1)
+    cache.rows.parents = np.roll(cache.rows.parents, 1)
     got = generate(ours, prompts, cache)
     with pytest.raises(AssertionError, match="differs"):
         same(got, expected, prompts)

@@ -14,6 +14,7 @@ if find_spec("transformers") is None:
 
 from hydragen.transformers.attention import register
 from hydragen.transformers.cache import PrefixCache
+from hydragen.transformers.generate import Completion, continue_rows, generate, stream
 
 register()
-__all__ = ["PrefixCache"]
+__all__ = ["Completion", "PrefixCache", "continue_rows", "generate", "stream"]

@@ -80,7 +80,7 @@ def attend(
     step = layer.rows.step
     out = attention(
         query.transpose(1, 2),
-        _padded(layer.kv()),
+        layer.kv(),
         tree=step.tree,
         kv_lens=layer.rows.kv_lens(),
         scale=scaling,
@@ -163,21 +163,3 @@ def _warn_once() -> None:
             UserWarning,
             stacklevel=2,
         )
-
-
-def _padded(kv):  # until levels may be packed
-    out = []
-    for level in kv:
-        if isinstance(level, tuple):
-            out.append(level)
-            continue
-        starts = level.cu_seqlens_k
-        size = max(int((starts[1:] - starts[:-1]).max()), 1)
-        pair = []
-        for x in (level.k, level.v):
-            y = x.new_zeros(len(starts) - 1, size, *x.shape[1:])
-            for i in range(len(starts) - 1):
-                y[i, : starts[i + 1] - starts[i]] = x[starts[i] : starts[i + 1]]
-            pair.append(y)
-        out.append(tuple(pair))
-    return out

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,23 +14,17 @@ from transformers.cache_utils import Cache
 
 from hydragen.host_ints import IntArray, as_int_vector, frozen
 from hydragen.transformers.layers import PrefixLayer
+from hydragen.transformers.logits import LastLogits
 from hydragen.transformers.rows import Level, Rows
 from hydragen.transformers.support import caches_latents, check_model, layer_windows, max_positions
+from hydragen.transformers.tokens import check_vocabulary, row_groups, token_rows
+from hydragen.transformers.weights import Weights
+
+if TYPE_CHECKING:
+    from hydragen.transformers.generate import Completion
 
 # Tokens that go through the model together in a prefill: enough to fill a GPU, bounded activations.
 PREFILL_TOKENS = 8192
-
-
-@dataclass
-class Weights:
-    """What the weights were when a prefix was computed; one object for a cache and all its forks."""
-
-    seen: tuple[tuple[int, int], ...] | None = None
-    valid: bool = True
-
-    def fit(self, model: PreTrainedModel) -> bool:
-        """Whether the model's weights are still those, as far as that shows."""
-        return self.valid and self.seen in (None, weights_of(model))
 
 
 class PrefixCache(Cache):  # type: ignore[misc]
@@ -39,7 +32,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     Row r holds a path of shared tokens, stored once and read once per step for all rows, and a tail of its
     own that grows. `prefill` runs prompts, `fork` makes rows that share what is there, and `generate` here or
-    the model's own `generate(ids, past_key_values=cache)`, continues them.
+    the model's own `generate(ids, past_key_values=cache)` continues them.
 
     Parameters
     ----------
@@ -53,37 +46,34 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     Examples
     --------
-    >>> prefix = PrefixCache(model).prefill(system_ids)          # doctest: +SKIP
+    >>> prefix = PrefixCache(model).prefill(system_ids)  # doctest: +SKIP
     >>> model.generate(ids, past_key_values=prefix.fork(8), num_return_sequences=8)  # doctest: +SKIP
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._start(check_model(model), (), np.empty(0, np.int64), Weights())
+        self._start(check_model(model), Rows.none(len(layer_windows(model)), model.device))
+        self._weights, self._logits, self._pending = Weights(), LastLogits.none(0), np.empty(0, np.int64)
 
-    def _start(
-        self, model: PreTrainedModel, levels: tuple[Level, ...], parents: IntArray, weights: Weights
-    ) -> None:
-        windows, latent = layer_windows(model), caches_latents(model)
-        self.model = model
-        self._rows = Rows(levels, parents, len(windows), model.device)
-        self._weights = weights
-        layers = [PrefixLayer(i, self._rows, window, latent) for i, window in enumerate(windows)]
-        super().__init__(layers=layers)
+    def _start(self, model: PreTrainedModel, rows: Rows) -> None:
+        self.model, self.rows = model, rows
+        latent = caches_latents(model)
+        windows = enumerate(layer_windows(model))
+        super().__init__(layers=[PrefixLayer(i, rows, window, latent) for i, window in windows])
 
     @property
     def num_rows(self) -> int:
         """Sequences that this cache continues; 0 before the first prefill."""
-        return self._rows.size
+        return self.rows.size
 
     @property
     def lengths(self) -> IntArray:
         """Tokens of each row, shared ones included, int64 [num_rows]."""
-        return frozen(self._rows.path_lens + self._rows.lens)
+        return frozen(self.rows.path_lens + self.rows.lens)
 
     @property
     def stored_tokens(self) -> int:
         """Tokens that are stored, each once."""
-        return int(sum(level.lens.sum() for level in self._rows.levels) + self._rows.lens.sum())
+        return int(sum(level.lens.sum() for level in self.rows.levels) + self.rows.lens.sum())
 
     def prefill(self, input_ids: object) -> PrefixCache:
         """Run prompts through the model, so that rows begin with them.
@@ -101,20 +91,22 @@ class PrefixCache(Cache):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If the cache holds tokens already, or a prompt is empty or longer than the model's positions.
+            If the cache has rows already, or a prompt is empty or longer than the model's positions.
         """
-        if self._rows.size:
+        if self.num_rows:
             raise ValueError(
-                f"prefill needs an empty cache, got one with {self._rows.size} rows; extend() adds tokens to "
+                f"prefill needs an empty cache, got one with {self.num_rows} rows; extend() adds tokens to "
                 "its rows, fork() makes new rows that share them"
             )
         prompts = token_rows(input_ids, "input_ids")
         for i, ids in enumerate(prompts):
             if ids.size == 0:
-                raise ValueError(
-                    f"input_ids[{i}] must hold a token or more, got an empty prompt; leave it out"
-                )
-        self._rows.adopt(len(prompts))
+                raise ValueError(f"input_ids[{i}] must hold a token or more, got an empty prompt; leave it out")
+        if not prompts:
+            raise ValueError("input_ids must hold a prompt or more, got none; pass token ids")
+        self._check_tokens(prompts, np.zeros(len(prompts), dtype=np.int64))
+        self.rows.adopt(len(prompts))
+        self._logits, self._pending = LastLogits.none(len(prompts)), np.full(len(prompts), -1)
         return self.extend(prompts)
 
     def extend(self, input_ids: object) -> PrefixCache:
@@ -123,43 +115,39 @@ class PrefixCache(Cache):  # type: ignore[misc]
         Parameters
         ----------
         input_ids : integers [len] for the one row there is; or one such per row
+
+        Returns
+        -------
+        PrefixCache
+            This one.
         """
         self.check_weights()
-        rows = self._rows
         given = token_rows(input_ids, "input_ids")
-        if len(given) != rows.size:
+        if len(given) != self.num_rows:
             raise ValueError(
-                f"input_ids must hold one list of tokens per row, {rows.size}, got {len(given)}; give rows "
-                "that get nothing an empty list"
+                f"input_ids must hold one list of tokens per row, {self.num_rows}, got {len(given)}; give "
+                "rows that get nothing an empty list"
             )
-        counts = np.array([ids.size for ids in given], dtype=np.int64)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        limit = max_positions(self.model)
-        for row, ids in enumerate(given):
-            if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
-                raise ValueError(
-                    f"input_ids[{row}] must be tokens of the model's vocabulary, 0 to {vocabulary - 1}, got "
-                    f"{ids.min()} to {ids.max()}; use the tokenizer that belongs to the model"
-                )
-            if limit is not None and self.lengths[row] + ids.size > limit:
-                raise ValueError(
-                    f"row {row} must fit the model's {limit} positions, got {self.lengths[row] + ids.size} "
-                    "tokens; shorten the prompt"
-                )
-        rows.reserve(counts)
-        for group in _groups(counts):
-            longest = int(counts[group].max())
-            for begin in range(0, longest, PREFILL_TOKENS):
+        self._check_tokens(given, self.lengths + (self._pending >= 0))
+        # The last token that was generated has not been through the model yet.
+        waiting = [self._pending[row : row + 1] if self._pending[row] >= 0 else [] for row in range(len(given))]
+        new = [np.append(first, ids).astype(np.int64) for first, ids in zip(waiting, given, strict=True)]
+        counts = np.array([ids.size for ids in new], dtype=np.int64)
+        self.rows.reserve(counts)
+        for group in row_groups(counts, PREFILL_TOKENS):
+            for begin in range(0, int(counts[group].max()), PREFILL_TOKENS):
                 live = group[counts[group] > begin]
-                self._run(live, [given[row][begin : begin + PREFILL_TOKENS] for row in live])
-        self._weights.seen = weights_of(self.model)
+                logits = self._run(live, [new[row][begin : begin + PREFILL_TOKENS] for row in live])
+                self._logits = self._logits.updated(live, logits, self.lengths)
+        self._pending = np.full(self.num_rows, -1)
+        self._weights.see(self.model)
         return self
 
     def fork(self, n: int | Sequence[int] = 1) -> PrefixCache:
         """Make a cache whose rows share what the rows of this one hold; nothing is copied.
 
-        Row r of this cache becomes n (or n[r]) rows, side by side. This cache stays as it is and can be
-        forked again, and extended: forks do not see what is added later.
+        Row r of this cache becomes n (or n[r]) rows, side by side. This cache stays as it is, and can be
+        forked again and extended: forks do not see what is added later.
 
         Parameters
         ----------
@@ -173,47 +161,95 @@ class PrefixCache(Cache):  # type: ignore[misc]
             )
         return self.branch(np.repeat(np.arange(self.num_rows), counts))
 
-    def branch(self, rows: IntArray) -> PrefixCache:
-        """Make a cache whose row i continues row rows[i] of this one; `fork` with any assignment."""
+    def branch(self, rows: object) -> PrefixCache:
+        """Make a cache whose row i continues row rows[i] of this one: `fork` with any assignment."""
         self.check_weights()
-        mine = self._rows
-        tail = tuple(layer.kv()[-1] for layer in self.layers)
-        levels = (*mine.levels, Level(mine.parents, frozen(mine.lens.copy()), tail))
+        mine, chosen = self.rows, as_int_vector(rows, "rows")
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.num_rows:
+            raise ValueError(f"rows must be rows of this cache, 0 to {self.num_rows - 1}, got {rows!r}")
         forked = PrefixCache.__new__(PrefixCache)
-        forked._start(self.model, levels, frozen(np.asarray(rows, np.int64)), self._weights)  # noqa: SLF001
+        levels, parents = mine.levels, mine.parents[chosen]
+        if mine.lens.any() or not levels:
+            tails = tuple(layer.kv()[-1] for layer in self.layers) if mine.lens.any() else ()
+            if tails:
+                levels = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails))
+                parents = chosen
+        forked._start(self.model, Rows(levels, frozen(parents), mine.num_layers, mine.device))  # noqa: SLF001
+        forked._weights, forked._pending = self._weights, self._pending[chosen]  # noqa: SLF001
+        forked._logits = self._logits.of_rows(chosen)  # noqa: SLF001
         return forked
 
     def reset(self) -> None:
         """Forget what the rows added since they were forked; the shared prefix stays.
 
-        A cache that has not been forked forgets everything.
+        A cache that has not been forked forgets everything, its rows included.
         """
-        self._rows.clear()
+        self.rows.clear()
+        if not self.rows.levels:
+            self.rows.adopt(0)
         for layer in self.layers:
             layer.drop()
+        self._logits, self._pending = LastLogits.none(self.num_rows), np.full(self.num_rows, -1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue what row beam_idx[i] was, as beam search does between steps."""
-        rows = beam_idx.cpu().numpy()
+        chosen = beam_idx.cpu().numpy()
         for layer in self.layers:
-            layer.reorder(rows)
-        self._rows.permute(rows)
+            layer.reorder(chosen)
+        self.rows.permute(chosen)
 
     def check_weights(self) -> None:
         """Raise a ValueError if the weights changed since this cache was filled, as far as that shows.
 
-        In-place updates show (an optimizer's step, load_state_dict); writes through `.data` do not: call
-        `invalidate` after those.
+        In-place updates show (an optimizer's step, load_state_dict), and so do new parameters. Writes through
+        `.data` do not: call `invalidate` after those.
         """
-        if not self._weights.fit(self.model):
-            raise ValueError(
-                "the model's weights changed since this prefix was computed, so it no longer fits them; call "
-                "prefill on a new PrefixCache"
-            )
+        self._weights.check(self.model)
 
     def invalidate(self) -> None:
         """Say that the weights changed: this cache and all forks of it refuse to go on."""
         self._weights.valid = False
+
+    def generate(self, input_ids: object = None, **options: Any) -> list[Completion]:
+        """Continue every row, in place: what is generated stays in the cache, as in a chat.
+
+        Parameters
+        ----------
+        input_ids : optional
+            Tokens for each row to go on from, as `extend` takes them.
+        **options
+            Those of `hydragen.transformers.continue_rows`, which this is.
+
+        Returns
+        -------
+        list of Completion
+            One per row, in order.
+        """
+        # Not at the top: generation is made of caches.
+        from hydragen.transformers.generate import continue_rows  # noqa: PLC0415
+
+        return continue_rows(self, input_ids, **options)
+
+    def last_logits(self) -> Tensor:
+        """Logits that follow each row's last token, [num_rows, vocabulary]; ValueError where not known."""
+        return self._logits.get(self.lengths)
+
+    def begin_decode(self, rows: IntArray, room: IntArray) -> None:
+        """Get ready for at most room[i] steps of one token for rows[i]."""
+        self.rows.begin_decode(rows, room)
+
+    def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
+        """Run one token, int64 [rows], for each row of `begin_decode`; logits [rows, vocabulary].
+
+        Rows that are not active, bool [rows], are computed and not stored. Device work only.
+        """
+        return self._forward(tokens[:, None], self.rows.advance(active)[:, None])
+
+    def end_decode(self, rows: IntArray, lens: IntArray, pending: IntArray) -> None:
+        """Say what rows hold, and which token each of them made last and has not been fed."""
+        self.rows.end_decode(rows, lens)
+        self._pending = self._pending.copy()
+        self._pending[rows] = pending
 
     @property
     def _is_user_defined(self) -> bool:
@@ -223,7 +259,18 @@ class PrefixCache(Cache):  # type: ignore[misc]
     def _is_user_defined(self, _: bool) -> None:
         # transformers' generate marks the caches it is given when it begins: a new prompt, to be checked.
         self.check_weights()
-        self._rows.fresh = True
+        self.rows.fresh = True
+        self._pending = np.full(self.num_rows, -1)  # generate feeds whole sequences
+
+    def _check_tokens(self, given: Sequence[IntArray], begin: IntArray) -> None:
+        vocabulary, limit = self.model.get_input_embeddings().num_embeddings, max_positions(self.model)
+        for row, ids in enumerate(given):
+            check_vocabulary(ids, vocabulary, f"input_ids[{row}]")
+            if limit is not None and begin[row] + ids.size > limit:
+                raise ValueError(
+                    f"row {row} must fit the model's {limit} positions, got {begin[row] + ids.size} tokens; "
+                    "shorten the prompt"
+                )
 
     def _run(self, rows: IntArray, ids: Sequence[IntArray]) -> Tensor:
         """Run tokens ids[i] of rows[i] through the model; logits of the last ones, [rows, vocabulary]."""
@@ -234,14 +281,14 @@ class PrefixCache(Cache):  # type: ignore[misc]
         for i, x in enumerate(ids):
             tokens[i, -x.size :] = x
             positions[i, -x.size :] = begin[i] + np.arange(x.size)
-        self._rows.announce(rows, counts)
+        self.rows.announce(rows, counts)
         device = self.model.device
         with torch.no_grad():
-            return self.forward(torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device))
+            return self._forward(torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device))
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Run the model over announced tokens [rows, len]; logits of the last ones, [rows, vocabulary]."""
-        options = {"logits_to_keep": 1} if _keeps_logits(self.model) else {}
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": 1} if keeps else {}
         out = self.model(tokens, position_ids=positions, past_key_values=self, use_cache=True, **options)
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -253,47 +300,3 @@ class PrefixCache(Cache):  # type: ignore[misc]
         )
 
     crop = batch_repeat_interleave = batch_select_indices = early_initialization = _unsupported
-
-
-def token_rows(input_ids: object, name: str) -> list[IntArray]:
-    """Return token ids as one vector per row, from one vector, several, or a tensor [rows, len]."""
-    if isinstance(input_ids, Tensor | np.ndarray):
-        if input_ids.ndim == 2:
-            return [as_int_vector(row, f"{name}[{i}]") for i, row in enumerate(_on_host(input_ids))]
-        return [as_int_vector(_on_host(input_ids), name)]
-    if isinstance(input_ids, str) or not isinstance(input_ids, Sequence):
-        raise TypeError(
-            f"{name} must be token ids, or a list of them per row, got {type(input_ids).__name__}; "
-            "texts need a tokenizer: tokenizer(text).input_ids"
-        )
-    if input_ids and all(isinstance(x, int | np.integer) for x in input_ids):
-        return [as_int_vector(input_ids, name)]
-    return [as_int_vector(_on_host(row), f"{name}[{i}]") for i, row in enumerate(input_ids)]
-
-
-def weights_of(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Return addresses and version counters: they change when a parameter is replaced or written in place."""
-    return tuple(
-        (p.data_ptr(), -1 if p.is_inference() else p._version)  # noqa: SLF001  (torch's documented counter)
-        for p in model.parameters()
-    )
-
-
-def _on_host(ids: Any) -> Any:
-    return ids.detach().cpu() if isinstance(ids, Tensor) else ids
-
-
-def _keeps_logits(model: PreTrainedModel) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def _groups(counts: IntArray) -> list[IntArray]:
-    """Split rows that get tokens into groups of at most PREFILL_TOKENS tokens with padding, longest first."""
-    order = np.argsort(-counts, kind="stable")
-    order = order[counts[order] > 0]
-    groups = []
-    while order.size:
-        size = max(1, PREFILL_TOKENS // int(counts[order[0]]))
-        groups.append(np.sort(order[:size]))
-        order = order[size:]
-    return groups

@@ -92,7 +92,7 @@ def decode(
     seeds: IntArray,
     sampling: Sampling,
     stop_token_ids: Sequence[int],
-    on_step: Callable[[int], object] = lambda _: None,
+    on_step: Callable[[IntArray, IntArray], object] = lambda _rows, _made: None,
 ) -> Iterator[Finished]:
     """Continue every row of `cache` until its limit or a stop token; yield rows as they finish.
 
@@ -104,24 +104,72 @@ def decode(
         The most new tokens of each row, at least 1.
     seeds : int64 [rows]
     on_step : callable
-        Hears of tokens made, now and then.
+        Hears now and then which rows are being computed and how many tokens each has made.
     """
-    device = cache.model.device
+    device, start = cache.model.device, cache.lengths - cache.rows.path_lens
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=device)
-    rows = np.arange(cache.num_rows)
+    rows, reported = np.arange(cache.num_rows), np.zeros(cache.num_rows, dtype=bool)
     with torch.no_grad():
         state = State.begin(limits, seeds, device)
         state.accept(cache.last_logits(), sampling, stop)
-        told = 0
+        step: Step | None = None
         while True:
             made, active = state.made.cpu().numpy(), state.active.cpu().numpy()
-            on_step(int(made.sum()) - told)
-            done = np.flatnonzero(~active)
-            yield from _finished(state, done, rows, stop_token_ids)
-            cache.note_made(rows[done], made[done], state.token[torch.from_numpy(done).to(device)])
-            told = int(made[active].sum())
-            if done.size == rows.size:
+            # The token a row made last has not been fed.
+            cache.end_decode(rows, start[rows] + made - 1, state.token.cpu().numpy())
+            on_step(rows, made)
+            yield from _finished(state, np.flatnonzero(~active & ~reported), rows, stop_token_ids)
+            reported |= ~active
+            if reported.all():
                 return
-            left = np.flatnonzero(active)
-            kept = left if left.size <= rows.size * KEEP_ABOVE[device.type] else None
-            ...
+            if step is None or active.sum() <= KEEP_ABOVE[device.type] * rows.size:
+                left = np.flatnonzero(active)
+                state = state.select(torch.from_numpy(left).to(device))
+                rows, made, reported = rows[left], made[left], np.zeros(left.size, dtype=bool)
+                cache.begin_decode(rows, limits[rows] - made)
+                step = Step(cache, state, sampling, stop)
+                active = np.ones(left.size, dtype=bool)
+            for _ in range(min(LOOK_EVERY[device.type], int((limits[rows] - made)[active].max()))):
+                step.run()
+
+
+class Step:
+    """One decode step: feed each row's token, choose the next.
+
+    On a GPU the first run is eager and warms up, the second is captured as a CUDA graph, and from then on the
+    graph is replayed: it works on the cache's and the state's own tensors, which stay where they are.
+    """
+
+    def __init__(self, cache: PrefixCache, state: State, sampling: Sampling, stop: Tensor) -> None:
+        self.cache, self.state, self.sampling, self.stop = cache, state, sampling, stop
+        self.runs = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self) -> None:
+        """Do one step."""
+        self.runs += 1
+        if self.graph is None and self.runs > 1 and self.state.token.is_cuda:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._eager()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._eager()
+
+    def _eager(self) -> None:
+        logits = self.cache.decode(self.state.token, self.state.active)
+        self.state.accept(logits, self.sampling, self.stop)
+
+
+def _finished(
+    state: State, done: IntArray, rows: IntArray, stop_token_ids: Sequence[int]
+) -> Iterator[Finished]:
+    """Read what rows `done` of the state have made."""
+    if done.size == 0:
+        return
+    of = state.select(torch.from_numpy(done).to(state.token.device))
+    for i, made in enumerate(of.made.tolist()):
+        tokens = of.tokens[i, :made].tolist()
+        reason = "stop" if tokens[-1] in stop_token_ids else "length"
+        yield Finished(int(rows[done[i]]), tokens, of.logprobs[i, :made].tolist(), reason)

@@ -108,7 +108,14 @@ class Rows:
         self.fresh = True
         # Rows and token counts of the next forward pass, when the caller of the model knows them.
         self.announced: tuple[IntArray, IntArray] | None = None
+        # `advance` has worked out the next step.
+        self.prepared = False
         self._trees: dict[bytes, PrefixTree] = {}
+
+    @classmethod
+    def none(cls, num_layers: int, device: torch.device) -> Rows:
+        """No rows yet."""
+        return cls((), np.empty(0, dtype=np.int64), num_layers, device)
 
     @property
     def size(self) -> int:
@@ -132,6 +139,10 @@ class Rows:
 
     def begin_step(self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Work out where a forward pass's tokens go, and count them; the first layer calls this."""
+        if self.prepared:
+            self.prepared = False
+            self.steps += 1
+            return
         if self.announced is not None:
             rows, counts = self.announced
             self.announced = None
@@ -158,6 +169,35 @@ class Rows:
         self.lens_on_device = torch.from_numpy(after.astype(np.int32)).to(self.device)
         self.layout, self.fresh = layout, False
         self.steps += 1
+
+    def begin_decode(self, rows: IntArray, room: IntArray) -> None:
+        """Get ready for steps of one token for `rows`, at most room[i] of them for rows[i].
+
+        From here on lengths grow on the device alone, by `advance`; `end_decode` brings them back.
+        """
+        # One place more: rows that are done go on being computed until they are dropped, and write there.
+        layout = self._room(self.lens + _scattered(self.size, rows, room + 1))
+        self.slots = torch.from_numpy(rows).to(self.device)
+        self.first_target = torch.from_numpy(layout.starts[rows]).to(self.device)
+        self.first_position = torch.from_numpy(self.path_lens[rows]).to(self.device)
+        self.step = Step(layout, None, torch.empty_like(self.slots), self._tree(rows), causal=False)
+        self.lens_before, self.layout, self.fresh = self.lens, layout, False
+
+    def advance(self, active: Tensor) -> Tensor:
+        """Count one more token for the active rows, bool [rows]; positions of all rows' tokens, int64 [rows].
+
+        On the device only, on tensors that stay: a captured step does this too.
+        """
+        lens = self.lens_on_device[self.slots]
+        self.step.target.copy_(self.first_target + lens)
+        self.lens_on_device.index_add_(0, self.slots, active.to(torch.int32))
+        self.prepared = True
+        return self.first_position + lens
+
+    def end_decode(self, rows: IntArray, lens: IntArray) -> None:
+        """Say how long rows have become."""
+        self.lens = self.lens.copy()
+        self.lens[rows] = lens
 
     def _arriving(
         self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None
@@ -240,7 +280,14 @@ class Rows:
         """Forget the tails."""
         self.lens = np.zeros_like(self.lens)
         self.lens_on_device = torch.zeros(self.size, dtype=torch.int32, device=self.device)
-        self.layout, self.fresh, self.announced = None, True, None
+        self.layout, self.fresh, self.announced, self.prepared = None, True, None, False
+
+
+def _scattered(size: int, rows: IntArray, values: IntArray) -> IntArray:
+    """Zeros [size] with `values` at `rows`."""
+    out = np.zeros(size, dtype=np.int64)
+    out[rows] = values
+    return out
 
 
 def _path_lens(levels: tuple[Level, ...], parents: IntArray) -> IntArray:

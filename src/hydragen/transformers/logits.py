@@ -1,0 +1,58 @@
+"""The logits after each row's last token, kept once for rows that share it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydragen.host_ints import IntArray
+
+
+class LastLogits(NamedTuple):
+    """Logits that follow the last token of each row.
+
+    Attributes
+    ----------
+    values : tensor [kept, vocabulary], or None
+    index : int64 [rows]
+        Where each row's logits are kept; -1 if they are not known.
+    lengths : int64 [rows]
+        How long each row was when they were computed: another length, and they are stale.
+    """
+
+    values: Tensor | None
+    index: IntArray
+    lengths: IntArray
+
+    @classmethod
+    def none(cls, size: int) -> LastLogits:
+        """Nothing known about any row."""
+        return cls(None, np.full(size, -1), np.full(size, -1))
+
+    def updated(self, rows: IntArray, logits: Tensor, lengths: IntArray) -> LastLogits:
+        """Return these with `logits` [len(rows), vocabulary] for `rows`, all rows being `lengths` long now."""
+        index, noted = self.index.copy(), self.lengths.copy()
+        index[rows], noted[rows] = -1, lengths[rows]
+        used = np.unique(index[index >= 0])
+        kept = [] if self.values is None else [self.values[torch.from_numpy(used).to(logits.device)]]
+        known = index >= 0
+        index[known] = np.searchsorted(used, index[known])
+        index[rows] = used.size + np.arange(rows.size)
+        return LastLogits(torch.cat([*kept, logits]), index, noted)
+
+    def of_rows(self, rows: IntArray) -> LastLogits:
+        """Return those of rows that continue `rows`."""
+        return LastLogits(self.values, self.index[rows], self.lengths[rows])
+
+    def get(self, lengths: IntArray) -> Tensor:
+        """Return logits [rows, vocabulary]; ValueError unless they belong to rows that are `lengths` long."""
+        wrong = np.flatnonzero((self.index < 0) | (self.lengths != lengths))
+        if wrong.size or self.values is None:
+            raise ValueError(
+                f"row {wrong[:1].tolist()} must have just been extended, so that its next token is known, got "
+                "one that ends elsewhere; extend the cache with the tokens to go on from"
+            )
+        return self.values[torch.from_numpy(self.index).to(self.values.device)]

@@ -1,0 +1,87 @@
+"""What a caller may give as prompts: token ids or texts, one or many, in levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydragen.host_ints import IntArray
+from hydragen.transformers.tokens import is_prompt, token_row
+
+# A text, or token ids
+Prompt = Any
+
+
+def join_levels(levels: Sequence[object]) -> list[list[Prompt]]:
+    """Return the pieces of every prompt, in the caller's order, depth first.
+
+    levels[0] is a prompt or a list of them. A further level holds what follows: a list of prompts if there
+    is one path so far, else one list of prompts per path so far.
+    """
+    paths: list[list[Prompt]] = [[]]
+    for depth, level in enumerate(levels):
+        name = "prompts" if depth == 0 else f"continuations[{depth - 1}]"
+        if depth == 0 and is_prompt(level):
+            paths = [[level]]
+            continue
+        branches = _listed(level, name)
+        nested = depth > 0 and len(branches) > 0 and not any(is_prompt(x) for x in branches)
+        if not nested and len(paths) == 1:
+            branches = [branches]
+        elif not nested or len(branches) != len(paths):
+            raise ValueError(
+                f"{name} must hold one list of prompts for each of the {len(paths)} paths above it, got "
+                f"{len(branches)} {'lists' if nested else 'prompts'}; nest it: [[a1, a2], [b1], ...]"
+            )
+        paths = [
+            [*path, prompt]
+            for i, (path, below) in enumerate(zip(paths, branches, strict=True))
+            for prompt in _listed(below, f"{name}[{i}]")
+        ]
+    if not paths:
+        raise ValueError("prompts must hold a prompt or more, got none; pass token ids or texts")
+    return paths
+
+
+def token_ids_of(paths: list[list[Prompt]], tokenizer: Any, special: bool) -> list[IntArray]:
+    """Return the token ids of every prompt; texts of one path are joined before they are tokenized."""
+    if any(isinstance(piece, str) for path in paths for piece in path):
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given for texts, got None; pass the model's tokenizer")
+        if not all(isinstance(piece, str) for path in paths for piece in path):
+            raise TypeError("prompts must all be texts or all be token ids, got both; tokenize the texts first")
+        texts = ["".join(path) for path in paths]
+        ids = tokenizer(texts, add_special_tokens=special, padding=False)["input_ids"]
+        return [np.asarray(row, dtype=np.int64).reshape(-1) for row in ids]
+    none = [np.empty(0, dtype=np.int64)]
+    return [
+        np.concatenate(none + [token_row(piece, f"prompts[{i}]") for piece in path])
+        for i, path in enumerate(paths)
+    ]
+
+
+def _listed(value: object, name: str) -> list[Prompt]:
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray | Tensor):
+        raise TypeError(
+            f"{name} must be a list of prompts (token ids or texts), got {type(value).__name__}; for one "
+            "prompt pass [prompt]"
+        )
+    if isinstance(value, Tensor | np.ndarray) and value.ndim != 2:
+        raise ValueError(f"{name} must be [prompts, tokens] if it is a tensor, got {list(value.shape)}")
+    return list(value)
+
+
+def draw_seeds(seed: int | Sequence[int] | None, count: int) -> IntArray:
+    """Return a seed per sequence: the given ones, or all derived from one, or from torch's own state."""
+    if seed is None:
+        return torch.randint(2**62, (count,)).numpy()
+    if isinstance(seed, int):
+        return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).numpy()
+    seeds = token_row(seed, "seed")
+    if seeds.size != count:
+        raise ValueError(f"seed must be an int, or {count} of them, one per sequence, got {seeds.size}")
+    return seeds
