@@ -151,9 +151,7 @@ def test_a_seed_decides_whatever_the_company(ours: PreTrainedModel) -> None:
     whole = hydragen.generate(ours, SYSTEM, QUESTIONS, seed=11, **options)
     pieces = hydragen.generate(ours, SYSTEM, QUESTIONS, seed=11, batch_size=5, **options)
     assert whole == pieces
-    alone = hydragen.generate(
-        ours, SYSTEM, QUESTIONS[2:3], seed=[one.seed for one in whole[6:9]], **options
-    )
+    alone = hydragen.generate(ours, SYSTEM, QUESTIONS[2:3], seed=[one.seed for one in whole[6:9]], **options)
     assert [one.token_ids for one in alone] == [one.token_ids for one in whole[6:9]]
     torch.manual_seed(3)
     first = hydragen.generate(ours, SYSTEM, **options)
@@ -209,7 +207,9 @@ def test_answers_come_as_they_finish(ours: PreTrainedModel) -> None:
 
 def test_ten_thousand_answers_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prefix is computed once; no more than two batches are ever in memory."""
-    model = make_model("llama", hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    model = make_model(
+        "llama", hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1
+    )
     alive: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
     most, prefills = 0, []
     make, extend = Prompts.cache_for, PrefixCache.extend

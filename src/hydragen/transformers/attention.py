@@ -63,7 +63,7 @@ def attend(
             'set_attn_implementation("eager") to look at them'
         )
     if layer is None:
-        return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None  # type: ignore[arg-type]
+        return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
     if dropout:
         raise ValueError(f"dropout must be 0 over a PrefixCache, got {dropout}; call model.eval()")
     if sliding_window is not None and sliding_window != layer.window:
@@ -72,7 +72,7 @@ def attend(
             f"{sliding_window}; make the cache for the model that uses it"
         )
     if layer.latent:
-        layer.store(key, value, position_ids, attention_mask)  # type: ignore[arg-type]
+        layer.store(key, value, position_ids, attention_mask)
     elif layer.incoming is not None:  # None where a layer reuses what another has stored
         k, v = layer.incoming
         layer.incoming = None

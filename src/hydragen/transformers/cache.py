@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -14,9 +15,17 @@ from transformers.cache_utils import Cache
 
 from hydragen.host_ints import IntArray, as_int_vector, frozen
 from hydragen.transformers.layers import PrefixLayer
+from hydragen.transformers.levels import Level
 from hydragen.transformers.logits import LastLogits
-from hydragen.transformers.rows import Level, Rows
-from hydragen.transformers.support import caches_latents, check_model, layer_windows, max_positions
+from hydragen.transformers.rows import Rows
+from hydragen.transformers.support import (
+    attention_of,
+    caches_latents,
+    check_model,
+    layer_windows,
+    max_positions,
+    text_config,
+)
 from hydragen.transformers.tokens import check_vocabulary, row_groups, token_rows
 from hydragen.transformers.weights import Weights
 
@@ -56,9 +65,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     def _start(self, model: PreTrainedModel, rows: Rows) -> None:
         self.model, self.rows = model, rows
-        latent = caches_latents(model)
+        latent, used = caches_latents(model), partial(attention_of, text_config(model))
         windows = enumerate(layer_windows(model))
-        super().__init__(layers=[PrefixLayer(i, rows, window, latent) for i, window in windows])
+        super().__init__(layers=[PrefixLayer(i, rows, window, latent, used) for i, window in windows])
 
     @property
     def num_rows(self) -> int:
@@ -101,7 +110,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
         prompts = token_rows(input_ids, "input_ids")
         for i, ids in enumerate(prompts):
             if ids.size == 0:
-                raise ValueError(f"input_ids[{i}] must hold a token or more, got an empty prompt; leave it out")
+                raise ValueError(
+                    f"input_ids[{i}] must hold a token or more, got an empty prompt; leave it out"
+                )
         if not prompts:
             raise ValueError("input_ids must hold a prompt or more, got none; pass token ids")
         self._check_tokens(prompts, np.zeros(len(prompts), dtype=np.int64))
@@ -130,8 +141,8 @@ class PrefixCache(Cache):  # type: ignore[misc]
             )
         self._check_tokens(given, self.lengths + (self._pending >= 0))
         # The last token that was generated has not been through the model yet.
-        waiting = [self._pending[row : row + 1] if self._pending[row] >= 0 else [] for row in range(len(given))]
-        new = [np.append(first, ids).astype(np.int64) for first, ids in zip(waiting, given, strict=True)]
+        waiting = self._pending[:, None]
+        new = [np.append(first[first >= 0], ids) for first, ids in zip(waiting, given, strict=True)]
         counts = np.array([ids.size for ids in new], dtype=np.int64)
         self.rows.reserve(counts)
         for group in row_groups(counts, PREFILL_TOKENS):

@@ -25,7 +25,7 @@ KEEP_ABOVE = {"cpu": 0.999, "cuda": 0.75}
 class Finished(NamedTuple):
     """One sequence that is done: its place in the batch, its new tokens, and why it ended."""
 
-    index: int
+    row: int
     token_ids: list[int]
     logprobs: list[float]
     reason: str

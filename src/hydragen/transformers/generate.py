@@ -135,7 +135,8 @@ def stream(
     seeds = draw_seeds(seed, len(ids) * n).reshape(len(ids), n)
     stop = stop_ids(base.model, stop_token_ids)
     size = rows_at_a_time(batch_size, base, limit, max(x.size for x in ids))
-    bar = tqdm(total=len(ids) * n, unit="answer", delay=3, disable=None if progress is None else not progress)
+    hidden = None if progress is None else not progress
+    bar = tqdm(total=len(ids) * n, unit="answer", delay=3, disable=hidden)
     stored = Prompts(base, ids, as_positive_int(min_shared, "min_shared"))
     given = np.zeros(len(ids), dtype=np.int64)
     with bar:
@@ -145,7 +146,7 @@ def stream(
             limits = np.full(batch.size, limit)
             for done in decode(cache, limits, seeds[batch, samples], sampling, stop):
                 bar.update()
-                prompt, sample = int(batch[done.index]), int(samples[done.index])
+                prompt, sample = int(batch[done.row]), int(samples[done.row])
                 yield Completion(
                     prompt,
                     sample,
@@ -172,8 +173,8 @@ def _checked_prompts(
     """Return every prompt's token ids, after the base's; ValueError if they cannot be answered."""
     if base.num_rows > 1:
         raise ValueError(
-            f"a kept prefix must be one row, got a PrefixCache of {base.num_rows}; pass prefix.branch([row]), "
-            "or continue all its rows with hydragen.transformers.continue_rows"
+            f"a kept prefix must be one row, got a PrefixCache of {base.num_rows}; pass cache.branch([row]), "
+            "or continue all rows with cache.generate"
         )
     if not prompts:
         prompts = ([[]],) if base.num_rows else ([],)
@@ -240,7 +241,7 @@ def continue_rows(
     limits = np.broadcast_to(np.asarray(max_new_tokens, dtype=np.int64), (size,)).copy()
     if size == 0 or (limits < 1).any():
         raise ValueError(
-            f"max_new_tokens must be at least 1 for each of the rows, got {max_new_tokens!r} for {size} rows; "
+            f"max_new_tokens must be at least 1 for each row, got {max_new_tokens!r} for {size} rows; "
             "prefill a prompt first"
         )
     cache.extend([[]] * size if input_ids is None else input_ids)
@@ -255,13 +256,13 @@ def continue_rows(
     done = decode(cache, limits, seeds, sampling, stop_ids(cache.model, stop_token_ids))
     return [
         Completion(
-            one.index,
+            one.row,
             0,
             one.token_ids,
             tokenizer.decode(one.token_ids, skip_special_tokens=True) if tokenizer else None,
             one.logprobs if logprobs else None,
             one.reason,
-            int(seeds[one.index]),
+            int(seeds[one.row]),
         )
         for one in sorted(done)
     ]

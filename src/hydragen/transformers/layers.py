@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -11,7 +12,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hydragen.host_ints import IntArray
 from hydragen.kv import PackedKV
-from hydragen.transformers.rows import Layout, Rows
+from hydragen.transformers.levels import Layout
+from hydragen.transformers.rows import Rows
 
 _HANDED_OVER = threading.local()
 
@@ -27,23 +29,29 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_compileable = False
 
-    def __init__(self, index: int, rows: Rows, window: int | None, latent: bool) -> None:
+    def __init__(
+        self, index: int, rows: Rows, window: int | None, latent: bool, implementation: Callable[[], str]
+    ) -> None:
         super().__init__()
         self.index, self.rows, self.window, self.latent = index, rows, window, latent
+        self.implementation = implementation
         self.is_sliding = window is not None
-        # Forward passes that wrote here; a layer behind the others means that one broke off.
+        # The forward pass that wrote here last
         self.steps = rows.steps
         self.layout: Layout | None = None
         self.incoming: tuple[Tensor, Tensor] | None = None
+        # The tails, flat: [layout.total, heads, dim]
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[object, object]:
         """Take a forward pass's new keys and values, each [rows, heads, tokens, dim], on to `store`."""
-        if getattr(_HANDED_OVER, "layer", None) is not None:
-            _HANDED_OVER.layer = None
-            _wrong_attention()
         if self.latent:
+            other = take_handed_over()
+            if other is not None and other.rows is self.rows:
+                _wrong_attention()  # nobody asked for the layer before this one
             _HANDED_OVER.layer = self
             return key_states, value_states
         self.incoming = key_states, value_states
@@ -54,25 +62,24 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         num_rows, _, q_len, _ = k.shape
         if self.steps == self.rows.steps:
             self.rows.begin_step(num_rows, q_len, position_ids, mask)
-        if self.steps != self.rows.steps - 1:
-            raise RuntimeError(
-                "a forward pass over this cache broke off halfway, so its layers hold different tokens; call "
-                "cache.reset() and feed the rows again (the shared prefix is intact)"
-            )
-        self.steps += 1
+        self.steps = self.rows.steps
         step = self.rows.step
         if self.layout is not step.layout:
             self._move(step.layout, k, v)
-        for tail, new in ((self.keys, k), (self.values, v)):
+        for tail, new in zip(self._tails(), (k, v), strict=True):
             tokens = new.transpose(1, 2).flatten(0, 1)  # [rows * tokens, heads, dim]
             tail.index_copy_(0, step.target, tokens if step.source is None else tokens[step.source])
+        self.rows.waiting -= 1
 
     def kv(self) -> list[PackedKV | tuple[Tensor, Tensor]]:
-        """Return this layer's levels as `hydragen.attention` takes them: shared ones, then the tail."""
-        if self.layout is None:
-            raise RuntimeError("this layer of the cache is empty; run the model over some tokens first")
+        """Return this layer's levels as `hydragen.attention` takes them: shared ones, then a tail if any."""
         shared = [level.kv[self.index] for level in self.rows.levels]
-        return [*shared, self.layout.as_kv(self.keys, self.values)]
+        return shared if self.layout is None else [*shared, self.layout.as_kv(*self._tails())]
+
+    def _tails(self) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            raise RuntimeError("this layer has no tails yet; the attention function makes them")
+        return self.keys, self.values
 
     def _move(self, layout: Layout, k: Tensor, v: Tensor) -> None:
         """Make room: allocate `layout` and copy the tokens that are there."""
@@ -92,13 +99,15 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
             ) from error
         if old is not None:
             source, target = layout.moves(old, self.rows.lens_before)
-            keys.index_copy_(0, target.to(k.device), self.keys[source.to(k.device)])
-            values.index_copy_(0, target.to(v.device), self.values[source.to(v.device)])
+            source, target = source.to(k.device), target.to(k.device)
+            for new, tail in zip((keys, values), self._tails(), strict=True):
+                new.index_copy_(0, target, tail[source])
         self.keys, self.values, self.layout, self.is_initialized = keys, values, layout, True
 
     def drop(self) -> None:
         """Forget the tail; its memory goes unless a fork shares it."""
-        self.keys = self.values = self.layout = self.incoming = None
+        self.keys = self.values = None
+        self.layout = self.incoming = None
         self.is_initialized = False
         self.steps = self.rows.steps
 
@@ -106,7 +115,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         """Move the tails so that row i continues what row rows[i] was."""
         if self.layout is not None:
             source, target = self.layout.moves(self.layout, self.rows.lens, rows)
-            for tail in (self.keys, self.values):
+            for tail in self._tails():
                 tail.index_copy_(0, target.to(tail.device), tail[source.to(tail.device)])
 
     def get_seq_length(self) -> int:
@@ -115,6 +124,8 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002  (transformers' signature)
         """No mask over keys is wanted: (0, 0) tells the hydragen mask function so."""
+        if self.implementation() != "hydragen":
+            _wrong_attention()
         return 0, 0
 
     def get_max_length(self) -> int:

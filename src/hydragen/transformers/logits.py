@@ -17,14 +17,14 @@ class LastLogits(NamedTuple):
     Attributes
     ----------
     values : tensor [kept, vocabulary], or None
-    index : int64 [rows]
+    kept_at : int64 [rows]
         Where each row's logits are kept; -1 if they are not known.
     lengths : int64 [rows]
         How long each row was when they were computed: another length, and they are stale.
     """
 
     values: Tensor | None
-    index: IntArray
+    kept_at: IntArray
     lengths: IntArray
 
     @classmethod
@@ -33,8 +33,8 @@ class LastLogits(NamedTuple):
         return cls(None, np.full(size, -1), np.full(size, -1))
 
     def updated(self, rows: IntArray, logits: Tensor, lengths: IntArray) -> LastLogits:
-        """Return these with `logits` [len(rows), vocabulary] for `rows`, all rows being `lengths` long now."""
-        index, noted = self.index.copy(), self.lengths.copy()
+        """Return these with `logits` [len(rows), vocabulary] for `rows`, rows being `lengths` long now."""
+        index, noted = self.kept_at.copy(), self.lengths.copy()
         index[rows], noted[rows] = -1, lengths[rows]
         used = np.unique(index[index >= 0])
         kept = [] if self.values is None else [self.values[torch.from_numpy(used).to(logits.device)]]
@@ -45,14 +45,14 @@ class LastLogits(NamedTuple):
 
     def of_rows(self, rows: IntArray) -> LastLogits:
         """Return those of rows that continue `rows`."""
-        return LastLogits(self.values, self.index[rows], self.lengths[rows])
+        return LastLogits(self.values, self.kept_at[rows], self.lengths[rows])
 
     def get(self, lengths: IntArray) -> Tensor:
-        """Return logits [rows, vocabulary]; ValueError unless they belong to rows that are `lengths` long."""
-        wrong = np.flatnonzero((self.index < 0) | (self.lengths != lengths))
+        """Return logits [rows, vocabulary]; ValueError unless they follow rows that are `lengths` long."""
+        wrong = np.flatnonzero((self.kept_at < 0) | (self.lengths != lengths))
         if wrong.size or self.values is None:
             raise ValueError(
-                f"row {wrong[:1].tolist()} must have just been extended, so that its next token is known, got "
-                "one that ends elsewhere; extend the cache with the tokens to go on from"
+                f"row {int(wrong[0])} must have just been extended, so that its next token is known, got one "
+                "that ends elsewhere; extend the cache with the tokens to go on from"
             )
-        return self.values[torch.from_numpy(self.index).to(self.values.device)]
+        return self.values[torch.from_numpy(self.kept_at).to(self.values.device)]

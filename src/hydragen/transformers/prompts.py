@@ -53,7 +53,9 @@ def token_ids_of(paths: list[list[Prompt]], tokenizer: Any, special: bool) -> li
         if tokenizer is None:
             raise ValueError("tokenizer must be given for texts, got None; pass the model's tokenizer")
         if not all(isinstance(piece, str) for path in paths for piece in path):
-            raise TypeError("prompts must all be texts or all be token ids, got both; tokenize the texts first")
+            raise TypeError(
+                "prompts must all be texts or all be token ids, got both; tokenize the texts first"
+            )
         texts = ["".join(path) for path in paths]
         ids = tokenizer(texts, add_special_tokens=special, padding=False)["input_ids"]
         return [np.asarray(row, dtype=np.int64).reshape(-1) for row in ids]

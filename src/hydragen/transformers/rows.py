@@ -2,72 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hydragen.host_ints import IntArray, frozen
-from hydragen.kv import PackedKV
+from hydragen.host_ints import IntArray
+from hydragen.transformers.levels import Layout, Level, path_lens
 from hydragen.tree import PrefixTree
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where each row's tail begins in one flat tensor, and how much fits: int64 [rows] each."""
-
-    starts: IntArray
-    capacity: IntArray
-
-    @classmethod
-    def of(cls, capacity: IntArray) -> Layout:
-        """Lay the tails end to end."""
-        return cls(frozen(np.cumsum(capacity) - capacity), frozen(capacity.copy()))
-
-    @property
-    def size(self) -> int:
-        """Number of rows."""
-        return self.starts.size
-
-    @property
-    def total(self) -> int:
-        """Tokens that fit in all rows together."""
-        return int(self.capacity.sum())
-
-    def as_kv(self, k: Tensor, v: Tensor) -> PackedKV | tuple[Tensor, Tensor]:
-        """View flat tensors [total, heads, dim] as a level: padded if rows are of one size, else packed."""
-        if self.size and (self.capacity == self.capacity[0]).all():
-            shape = self.size, int(self.capacity[0])
-            return k.unflatten(0, shape), v.unflatten(0, shape)
-        return PackedKV(k, v, np.append(self.starts, self.total))
-
-    def moves(self, old: Layout, lens: IntArray, rows: IntArray | None = None) -> tuple[Tensor, Tensor]:
-        """Return flat indices (in `old`, here) that bring the lens[r] tokens of row r = rows[i] to row i."""
-        rows = np.arange(self.size) if rows is None else rows
-        counts = lens[rows]
-        rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        source, target = np.repeat(old.starts[rows], counts) + rank, np.repeat(self.starts, counts) + rank
-        return torch.from_numpy(source), torch.from_numpy(target)
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """A level of the tree of shared tokens; read only from the moment it is made.
-
-    Attributes
-    ----------
-    parents : int64 [nodes]
-        Each node's parent, counted within the level above; -1 in the first.
-    lens : int64 [nodes]
-        Tokens in each node.
-    kv : per layer, PackedKV or (k, v)
-    """
-
-    parents: IntArray
-    lens: IntArray
-    kv: tuple[PackedKV | tuple[Tensor, Tensor], ...]
 
 
 class Step(NamedTuple):
@@ -96,13 +39,14 @@ class Rows:
         self, levels: tuple[Level, ...], parents: IntArray, num_layers: int, device: torch.device
     ) -> None:
         self.levels, self.parents, self.num_layers, self.device = levels, parents, num_layers, device
-        self.path_lens = _path_lens(levels, parents)
+        self.path_lens = path_lens(levels, parents)
         self.lens = np.zeros(parents.size, dtype=np.int64)
         self.lens_before = self.lens
         self.lens_on_device = torch.zeros(parents.size, dtype=torch.int32, device=device)
         self.reserved = np.zeros(parents.size, dtype=np.int64)
         self.layout: Layout | None = None
-        self.steps = 0
+        # Forward passes so far, and layers that have not stored the last one's tokens yet
+        self.steps = self.waiting = 0
         self.step: Step
         # The next forward pass is the first of a prompt: positions are compared once.
         self.fresh = True
@@ -139,10 +83,18 @@ class Rows:
 
     def begin_step(self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Work out where a forward pass's tokens go, and count them; the first layer calls this."""
-        if self.prepared:
-            self.prepared = False
-            self.steps += 1
-            return
+        if self.waiting:
+            raise RuntimeError(
+                "a forward pass over this cache broke off halfway, so its layers hold different tokens; call "
+                "cache.reset() and feed the rows again (the shared prefix is intact)"
+            )
+        if not self.prepared:
+            self._place(num_rows, q_len, position_ids, mask)
+        self.prepared = False
+        self.steps, self.waiting = self.steps + 1, self.num_layers
+
+    def _place(self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Find a place for every new token, and count them."""
         if self.announced is not None:
             rows, counts = self.announced
             self.announced = None
@@ -168,7 +120,6 @@ class Rows:
         self.lens_before, self.lens = before, after
         self.lens_on_device = torch.from_numpy(after.astype(np.int32)).to(self.device)
         self.layout, self.fresh = layout, False
-        self.steps += 1
 
     def begin_decode(self, rows: IntArray, room: IntArray) -> None:
         """Get ready for steps of one token for `rows`, at most room[i] of them for rows[i].
@@ -281,6 +232,7 @@ class Rows:
         self.lens = np.zeros_like(self.lens)
         self.lens_on_device = torch.zeros(self.size, dtype=torch.int32, device=self.device)
         self.layout, self.fresh, self.announced, self.prepared = None, True, None, False
+        self.waiting = 0
 
 
 def _scattered(size: int, rows: IntArray, values: IntArray) -> IntArray:
@@ -288,11 +240,3 @@ def _scattered(size: int, rows: IntArray, values: IntArray) -> IntArray:
     out = np.zeros(size, dtype=np.int64)
     out[rows] = values
     return out
-
-
-def _path_lens(levels: tuple[Level, ...], parents: IntArray) -> IntArray:
-    """Tokens on the shared path of each row."""
-    above = np.zeros(1, dtype=np.int64)
-    for level in levels:
-        above = above[level.parents] + level.lens if level.parents[:1].max(initial=-1) >= 0 else level.lens
-    return above[parents] if levels else np.zeros(parents.size, dtype=np.int64)

@@ -30,8 +30,8 @@ def check_model(model: object) -> PreTrainedModel:
     if others:
         raise ValueError(
             f"model must attend to all tokens or a sliding window in every layer, got {name} with "
-            f"{', '.join(others)}, whose state is no list of tokens that rows could share; use the model's own "
-            "cache"
+            f"{', '.join(others)}, whose state is no list of tokens that rows could share; use the model's "
+            "own cache"
         )
     if not model.is_backend_compatible():
         raise ValueError(
@@ -40,7 +40,7 @@ def check_model(model: object) -> PreTrainedModel:
         )
     if getattr(config, "is_causal", None) is False or getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"model must be causal, got {name} with bidirectional attention; use a causal LM")
-    implementation = config._attn_implementation  # noqa: SLF001  (transformers has no public name for it)
+    implementation = attention_of(config)
     if implementation != "hydragen":
         raise ValueError(
             f'model must have attn_implementation="hydragen", got {implementation!r}; load it so, or '
@@ -54,6 +54,12 @@ def check_model(model: object) -> PreTrainedModel:
             'without device_map, or with tp_plan="auto" under torchrun'
         )
     return model
+
+
+def attention_of(config: Any) -> str:
+    """Return the attention implementation that a model with this configuration uses."""
+    name: str = config._attn_implementation  # noqa: SLF001  (transformers has no public name for it)
+    return name
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
