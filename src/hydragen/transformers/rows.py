@@ -173,7 +173,7 @@ class Rows:
         new = positions >= begin[:, None]
         if mask is not None:
             new &= mask.cpu().numpy()
-        counts = new.sum(axis=1)
+        counts: IntArray = new.sum(axis=1, dtype=np.int64)
         if (np.diff(new.astype(np.int8), axis=1) < 0).any():
             raise ValueError("prompts must be padded on the left; set tokenizer.padding_side = 'left'")
         wrong = np.flatnonzero(counts == 0)

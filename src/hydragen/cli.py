@@ -1,0 +1,198 @@
+"""The command line: hydragen generate | bench | demo. Needs the extra `cli`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ImportError as error:
+    raise SystemExit("the command line needs more packages: pip install 'hydragen[cli]'") from error
+
+app = typer.Typer(
+    help="Exact attention over shared prefixes: generate, measure, look.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in the help are JSON, not markup
+)
+
+
+class Dtype(str, Enum):
+    """What the weights are loaded as."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU if there is one.")]
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="A folder with a transformers causal LM, or its name.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            exists=True, dir_okay=False, help='JSONL: {"prompt": "text" or [ids]} or {"messages": [...]}.'
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL, a line per answer; default: PROMPTS.answers.jsonl.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Answers per prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens per answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="Default 1 if n > 1, else greedy. 0 is greedy.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens up to this sum.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers, restarts included.")] = 0,
+    logprobs: Annotated[bool, typer.Option(help="Write each token's log-probability.")] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: what fits in memory.")] = None,
+    dtype: Dtype = Dtype.auto,
+    device: Device = "auto",
+) -> None:
+    """Answer every prompt of a file n times; what prompts share is computed and stored once.
+
+    Answers are written as they finish. After an interruption the same command goes on where it stopped:
+    nothing is lost and nothing is made twice. A larger n adds answers to those that are there.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415  (seconds, which --help need not take)
+
+    from hydragen.transformers import stream  # noqa: PLC0415
+    from hydragen.transformers.jsonl import Answers, Job, read_prompts  # noqa: PLC0415
+
+    draws = temperature != 0 and (temperature is not None or n > 1 or top_k is not None or top_p is not None)
+    sampling: dict[str, Any] = {"do_sample": draws}
+    if draws:
+        sampling |= {
+            "temperature": 1.0 if temperature is None else temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+    with told():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        settings = {
+            "model": model,
+            "max_new_tokens": max_new_tokens,
+            **sampling,
+            "seed": seed,
+            "logprobs": logprobs,
+            "dtype": dtype.value,
+        }
+        job = Job(read_prompts(prompts, tokenizer), n, settings)
+        answers = Answers(out or prompts.with_suffix(".answers.jsonl"), job)
+        have = answers.resume()
+        places = job.missing(have)
+        if have:
+            typer.echo(f"{len(have):,} answers are there already, {len(places):,} to go", err=True)
+        if places:
+            made = answers.write(
+                stream(
+                    load(model, dtype, device),
+                    [job.prompts[prompt] for prompt, _ in places],
+                    tokenizer=tokenizer,
+                    max_new_tokens=max_new_tokens,
+                    seed=[job.seed(*place) for place in places],
+                    logprobs=logprobs,
+                    batch_size=batch_size,
+                    **sampling,
+                ),
+                places,
+            )
+            typer.echo(f"wrote {made:,} answers to {answers.path}", err=True)
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Option(exists=True, help="A model's config.json, or the folder it is in.")],
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
+    prefix: Annotated[list[int] | None, typer.Option(help="Shared tokens; may be repeated.")] = None,
+    completion: Annotated[int, typer.Option(min=4, help="New tokens per sequence.")] = 128,
+    out: Annotated[Path | None, typer.Option(help="Write the table as CSV, too.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in the table.")] = None,
+    hf: Annotated[bool, typer.Option(help="Also measure transformers' own generate.")] = True,
+    dtype: Dtype = Dtype.auto,
+    device: Device = "auto",
+) -> None:
+    """Measure decode throughput with random weights: shared, and what else one could do.
+
+    Tokens per second of all sequences together, prefill apart. Columns: ours; ours with attention switched
+    off; the prefix stored once but read by every sequence; transformers' generate with the prefix copied; and
+    the bound, which is attention switched off plus the least time its memory traffic and arithmetic take.
+    """
+    from hydragen.transformers.bench import Case, measure, table, write_csv  # noqa: PLC0415
+
+    with told():
+        model = load_config(config, dtype, device)
+        label = name or (config.parent if config.is_file() else config).resolve().name
+        rows = []
+        for tokens in prefix or [1024, 4096]:
+            for size in batch or [32, 256]:
+                rows.append(measure(model, Case(label, size, tokens, completion), hf=hf))
+                typer.echo(table(rows[-1:], heading=len(rows) == 1))
+        if out is not None:
+            write_csv(rows, out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
+) -> None:
+    """Attend to a real document with and without sharing: exactness, time and memory side by side."""
+    sys.argv = ["hydragen demo", "--out", str(out)]
+    runpy.run_module("hydragen.demo", run_name="__main__")
+
+
+class told:  # noqa: N801  (reads as a statement: with told():)
+    """Turn mistakes that the library explains into a message and exit status 2."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError | TypeError | OSError | MemoryError):
+            typer.echo(f"hydragen: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+def load(path: str, dtype: Dtype, device: str) -> Any:
+    """Load a model with the hydragen attention."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="hydragen", dtype=dtype.value)
+    return model.to(pick(device)).eval()
+
+
+def load_config(path: Path, dtype: Dtype, device: str) -> Any:
+    """Make a model with random weights, directly on its device."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+
+    import hydragen.transformers  # noqa: F401, PLC0415  (registers the attention)
+
+    config = AutoConfig.from_pretrained(path)
+    chosen = getattr(config, "dtype", None) or torch.float32 if dtype is Dtype.auto else dtype.value
+    with torch.device(pick(device)):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="hydragen", dtype=chosen)
+    return model.eval()
+
+
+def pick(device: str) -> str:
+    """Return the device to use."""
+    import torch  # noqa: PLC0415
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,120 @@
+"""Prompts from a JSONL file, answers to another; what an interruption left is kept and gone on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydragen.transformers.generate import Completion
+
+FORMS = '{"prompt": "text"}, {"prompt": [token ids]} or {"messages": [...]}, one object per line'
+
+
+@dataclass(frozen=True)
+class Job:
+    """Answers that are asked for: `n` to each of `prompts` (texts or token ids), under `settings`."""
+
+    prompts: Sequence[Any]
+    n: int
+    settings: dict[str, Any]
+
+    def missing(self, have: set[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return what is still to be made, as (prompt, sample)."""
+        return [(i, j) for i in range(len(self.prompts)) for j in range(self.n) if (i, j) not in have]
+
+    def seed(self, prompt: int, sample: int) -> int:
+        """Return the seed of an answer: from the job's seed and its own place, so the same after a restart."""
+        place = f"{self.settings['seed']} {prompt} {sample}".encode()
+        return int.from_bytes(hashlib.blake2b(place, digest_size=7).digest())
+
+
+def read_prompts(path: Path, tokenizer: Any) -> list[Any]:
+    """Return the prompts of a file; chats are laid out by the tokenizer's template."""
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} must be JSON: {error}; write {FORMS}") from error
+        if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+            raise ValueError(f"{where} must have either prompt or messages, got {line[:60]}; write {FORMS}")
+        if "messages" in record:
+            prompts.append(
+                tokenizer.apply_chat_template(record["messages"], tokenize=False, add_generation_prompt=True)
+            )
+        else:
+            prompts.append(record["prompt"])
+    if not prompts:
+        raise ValueError(f"{path} must hold a prompt or more, got none; write {FORMS}")
+    return prompts
+
+
+class Answers:
+    """The output file: a line per answer, written as it is finished.
+
+    A second file beside it says what was asked for, so that a run goes on only where it is the same job.
+    """
+
+    def __init__(self, path: Path, job: Job) -> None:
+        self.path, self.job = path, job
+        self.note = path.with_name(path.name + ".job.json")
+
+    def resume(self) -> set[tuple[int, int]]:
+        """Return the answers that are there already; a line that was cut off is removed.
+
+        Raises
+        ------
+        ValueError
+            If the file belongs to another job.
+        """
+        asked = {**self.job.settings, "prompts": _digest(self.job.prompts)}
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.note.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+            self.path.touch()
+            return set()
+        before = json.loads(self.note.read_text(encoding="utf-8")) if self.note.exists() else None
+        if before != asked:
+            differ = [k for k in asked if before is None or before.get(k) != asked[k]]
+            raise ValueError(
+                f"{self.path} holds answers of another job, with other {', '.join(differ)}; give --out another "
+                "file, or remove this one"
+            )
+        whole = self.path.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        with self.path.open("r+b") as file:
+            file.truncate(len(whole))
+        records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        return {(record["prompt"], record["sample"]) for record in records}
+
+    def write(self, answers: Iterator[Completion], places: list[tuple[int, int]]) -> int:
+        """Append answers as they come, answer i's prompt being places[i]; return how many."""
+        count = 0
+        with self.path.open("a", encoding="utf-8") as file:
+            for one in answers:
+                prompt, sample = places[one.prompt]
+                record = {
+                    "prompt": prompt,
+                    "sample": sample,
+                    "text": one.text,
+                    "token_ids": one.token_ids,
+                    "finish_reason": one.finish_reason,
+                    "seed": one.seed,
+                }
+                if one.logprobs is not None:
+                    record["logprobs"] = one.logprobs
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                count += 1
+        return count
+
+
+def _digest(prompts: Sequence[Any]) -> str:
+    return hashlib.blake2b(json.dumps(list(prompts)).encode(), digest_size=16).hexdigest()

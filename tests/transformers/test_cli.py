@@ -1,0 +1,159 @@
+"""The command line, end to end on a small model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import VOCABULARY, make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import hydragen
+from hydragen.cli import app
+from hydragen.transformers import jsonl
+
+PROMPTS = ["w5 w6 w7", "w5 w6 w7 w8 w9"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama").save_pretrained(folder)
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", *(f"w{i}" for i in range(2, VOCABULARY))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": PROMPTS[0]}, {"messages": [{"role": "user", "content": PROMPTS[1]}]}]
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(x) for x in arguments])
+
+
+def generate(model: Path, prompts: Path, *more: object) -> Result:
+    return run("generate", "--model", model, "--prompts", prompts, "--max-new-tokens", 5, *more)
+
+
+def answers(prompts: Path) -> list[dict[str, Any]]:
+    lines = prompts.with_suffix(".answers.jsonl").read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda x: (x["prompt"], x["sample"]))
+
+
+def test_answers_are_those_of_the_library(model_folder: Path, prompts: Path) -> None:
+    done = generate(model_folder, prompts, "-n", 3, "--seed", 4, "--logprobs")
+    assert done.exit_code == 0, done.output
+    got = answers(prompts)
+    assert [(x["prompt"], x["sample"]) for x in got] == [(i, j) for i in range(2) for j in range(3)]
+    expected = hydragen.generate(
+        make_model("llama"),
+        [[5, 6, 7], [5, 6, 7, 8, 9]],
+        num_return_sequences=3,
+        do_sample=True,
+        max_new_tokens=5,
+        seed=[x["seed"] for x in got],
+        logprobs=True,
+    )
+    assert [x["token_ids"] for x in got] == [one.token_ids for one in expected]
+    assert [x["logprobs"] for x in got] == pytest.approx([one.logprobs for one in expected], abs=1e-4)
+    assert got[0]["text"] == " ".join(f"w{i}" for i in got[0]["token_ids"])
+    assert len({x["seed"] for x in got}) == 6
+
+
+def test_a_run_goes_on_after_an_interruption(
+    model_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(model_folder, prompts, "-n", 4, "--batch-size", 2)
+    whole = answers(prompts)
+    out = prompts.with_suffix(".answers.jsonl")
+    out.unlink()
+    dumps, calls = json.dumps, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> str:
+        nonlocal calls
+        calls += "sample" in args[0]
+        if calls > 5:
+            raise KeyboardInterrupt
+        return dumps(*args, **kwargs)
+
+    monkeypatch.setattr(jsonl.json, "dumps", interrupted)
+    assert generate(model_folder, prompts, "-n", 4).exit_code != 0
+    monkeypatch.undo()
+    assert len(answers(prompts)) == 5
+    with out.open("a") as file:
+        file.write('{"prompt": 1, "samp')  # the line during which the power went
+    done = generate(model_folder, prompts, "-n", 4)
+    assert done.exit_code == 0, done.output
+    assert "5 answers are there already, 3 to go" in done.output
+    assert answers(prompts) == whole
+    again = generate(model_folder, prompts, "-n", 4)
+    assert "8 answers are there already, 0 to go" in again.output
+    assert answers(prompts) == whole
+    assert generate(model_folder, prompts, "-n", 5).exit_code == 0
+    assert len(answers(prompts)) == 10
+
+
+def test_answers_of_another_job_are_not_mixed_in(model_folder: Path, prompts: Path) -> None:
+    assert generate(model_folder, prompts).exit_code == 0
+    done = generate(model_folder, prompts, "--temperature", 0.5)
+    assert done.exit_code == 2
+    assert "holds answers of another job, with other do_sample, temperature" in done.output
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "prompts.jsonl:1 must be JSON"),
+        ('{"text": "w5"}', "prompts.jsonl:1 must have either prompt or messages"),
+        ("", "must hold a prompt or more, got none"),
+        ('{"prompt": ""}', r"prompts[0] must hold a token or more, got an empty prompt"),
+    ],
+)
+def test_bad_files(model_folder: Path, tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line + "\n")
+    done = generate(model_folder, path)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_bench(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    done = run(
+        "bench", "--config", model_folder, "--batch", 2, "--prefix", 20, "--prefix", 30,
+        "--completion", 6, "--out", out, "--name", "small",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(out.open()))
+    assert list(rows[0]) == [
+        "model", "batch", "prefix", "completion", "ours", "attention_off", "per_sequence_read", "hf_generate",
+        "bound",
+    ]  # fmt: skip
+    assert [(row["model"], row["batch"], row["prefix"]) for row in rows] == [
+        ("small", "2", "20"),
+        ("small", "2", "30"),
+    ]
+    assert all(float(row[name]) > 0 for row in rows for name in ("ours", "attention_off", "hf_generate"))
+    # The roof of a CPU is not known.
+    assert {row["bound"] for row in rows} == {""}
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["demo"]])
+def test_help(command: list[str]) -> None:
+    done = run(*command, "--help")
+    assert done.exit_code == 0
+    assert "Usage" in done.output
