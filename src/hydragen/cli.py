@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What the weights are loaded as."""
 
     auto = "auto"

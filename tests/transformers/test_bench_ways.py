@@ -15,10 +15,10 @@ def test_reading_per_sequence_gives_the_same_answers() -> None:
     cache = PrefixCache(model).prefill(prompt).fork(3)
     shared = cache.generate([[5], [6], [7]], max_new_tokens=6)
     cache.reset()
-    with bench.attention_replaced(bench._per_sequence):
+    with bench.attention_replaced(bench.per_sequence):
         apart = cache.generate([[5], [6], [7]], max_new_tokens=6, seed=[one.seed for one in shared])
     assert apart == shared
     cache.reset()
-    with bench.attention_replaced(bench._off):
+    with bench.attention_replaced(bench.switched_off):
         off = cache.generate([[5], [6], [7]], max_new_tokens=6)
     assert off != shared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +77,19 @@ def attend(
         k, v = layer.incoming
         layer.incoming = None
         layer.store(k, v, position_ids, attention_mask)
-    step = layer.rows.step
-    out = attention(
-        query.transpose(1, 2),
-        layer.kv(),
-        tree=step.tree,
-        kv_lens=layer.rows.kv_lens(),
-        scale=scaling,
-        causal=step.causal,
-        window=layer.window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    assert isinstance(out, Tensor)  # noqa: S101  (not input: without return_lse it is one)
-    return out, None
+    options = {"scale": scaling, "window": layer.window, "softcap": softcap, "sinks": s_aux}
+    return read_levels(layer, query.transpose(1, 2), options), None
+
+
+def read_levels(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Tensor:
+    """Attention of q [rows, tokens, num_q_heads, head_dim] over what the layer holds for its rows."""
+    rows, kv = layer.rows, layer.kv()
+    tree, causal, plans = rows.step.tree, rows.step.causal, rows.step.plans
+    if plans is None:
+        out = attention(q, kv, tree=tree, kv_lens=rows.kv_lens(), causal=causal, **options)
+    else:
+        out = plans.get(tree, kv, q.shape[2], rows.kv_lens).run(q, kv, **options)
+    return cast("Tensor", out)  # without return_lse it is one
 
 
 def make_mask(

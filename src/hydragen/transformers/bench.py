@@ -8,24 +8,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hydragen.api import attention
 from hydragen.explain import explain
 from hydragen.kv import PackedKV
 from hydragen.transformers import attention as layer_attention
 from hydragen.transformers.batches import bytes_per_token
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.decode import State, Step
+from hydragen.transformers.layers import PrefixLayer
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import text_config
 from hydragen.tree import PrefixTree
 
+USUAL = layer_attention.read_levels
 # Steps that are not timed: the first is eager, the second captured.
 WARM_UP = 3
 
@@ -77,9 +78,9 @@ def measure(model: PreTrainedModel, case: Case, hf: bool = True) -> Row:
     prompt = np.random.default_rng(0).integers(0, vocabulary, case.prefix)
     prefill_s, prefix = timed(lambda: PrefixCache(model).prefill(prompt), model.device)
     ours = step_seconds(prefix, case)
-    with attention_replaced(_off):
+    with attention_replaced(switched_off):
         off = step_seconds(prefix, case)
-    with attention_replaced(_per_sequence):
+    with attention_replaced(per_sequence):
         unshared = step_seconds(prefix, case)
     size = bytes_per_token(prefix)
     read = size * case.prefix * case.batch / max(unshared - off, 1e-9) / 1e12
@@ -118,7 +119,12 @@ def step_seconds(prefix: PrefixCache, case: Case) -> float:
         for _ in range(min(WARM_UP, case.completion - 2)):
             step.run()
         steps = case.completion - 1 - min(WARM_UP, case.completion - 2)
-        seconds, _ = timed(lambda: [step.run() for _ in range(steps)], device)
+
+        def run() -> None:
+            for _ in range(steps):
+                step.run()
+
+        seconds, _ = timed(run, device)
     return seconds / steps
 
 
@@ -145,7 +151,8 @@ def hf_step_seconds(model: PreTrainedModel, prompt: Any, case: Case, token_bytes
             )
     finally:
         model.set_attn_implementation("hydragen")
-    return seconds / (out.shape[1] - ids.shape[1])
+    new: int = out.shape[1] - ids.shape[1]
+    return seconds / new
 
 
 def roof_seconds(prefix: PrefixCache, case: Case) -> float:
@@ -169,44 +176,43 @@ def roof_seconds(prefix: PrefixCache, case: Case) -> float:
 
 
 @contextmanager
-def attention_replaced(other: Callable[..., Tensor]) -> Iterator[None]:
-    """Let models compute attention over a PrefixCache by `other`."""
-    layer_attention.attention = other
+def attention_replaced(other: Callable[[PrefixLayer, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+    """Let models read what a PrefixCache holds by `other`."""
+    layer_attention.read_levels = other  # type: ignore[assignment]
     try:
         yield
     finally:
-        layer_attention.attention = attention
+        layer_attention.read_levels = USUAL
 
 
-def _off(q: Tensor, kv: Sequence[Any], **_: object) -> Tensor:
+def switched_off(layer: PrefixLayer, q: Tensor, _: dict[str, Any]) -> Tensor:
     """Attention switched off: right shape, no work."""
-    last = kv[-1]
-    v = last[1] if isinstance(last, tuple) else last.v
+    tail = layer.kv()[-1]
+    v = tail.v if isinstance(tail, PackedKV) else tail[1]
     return q.new_zeros(*q.shape[:-1], v.shape[-1])
 
 
-def _per_sequence(q: Tensor, kv: Sequence[Any], **options: Any) -> Tensor:
-    """Attention with sharing switched off: the same keys, in place, as a segment of each row's own."""
-    prefix, tail = kv
-    if options["tree"].num_rows == 1:
-        return attention(q, kv, **options)  # type: ignore[return-value]
+def per_sequence(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Tensor:
+    """Attention with sharing switched off: the same keys, in place, as a segment of each row's own.
+
+    Decode steps over one shared prefix; others are read as usual.
+    """
+    rows, kv = layer.rows, layer.kv()
+    if rows.step.plans is None or len(kv) != 2 or rows.levels[0].lens.size != 1:
+        return USUAL(layer, q, options)
+    prefix = kv[0]
     k, v = (prefix.k[None], prefix.v[None]) if isinstance(prefix, PackedKV) else prefix
-    rows = len(q)
-    level = k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)
-    lens = options["kv_lens"]
-    options["kv_lens"] = [np.repeat(lens[0], rows), lens[1]]
-    options["tree"] = _apart(rows)
-    return attention(q, [level, tail], **options)  # type: ignore[return-value]
+    level = k.expand(rows.size, -1, -1, -1), v.expand(rows.size, -1, -1, -1)
+    apart = PrefixTree.from_parents(
+        np.append(np.full(rows.size, -1), np.arange(rows.size)),
+        row_to_node=rows.step.tree.row_to_node + rows.size - 1,
+    )
 
+    def lens() -> list[object]:
+        return [np.repeat(rows.levels[0].lens, rows.size), rows.lens_on_device]
 
-_TREES: dict[int, PrefixTree] = {}
-
-
-def _apart(rows: int) -> PrefixTree:
-    """Rows that share nothing: a root and a tail each."""
-    if rows not in _TREES:
-        _TREES[rows] = PrefixTree.from_parents(np.concatenate([np.full(rows, -1), np.arange(rows)]))
-    return _TREES[rows]
+    plan = rows.step.plans.get(apart, [level, kv[1]], q.shape[2], lens)
+    return cast("Tensor", plan.run(q, [level, kv[1]], **options))
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -27,7 +27,7 @@ class Job:
         return [(i, j) for i in range(len(self.prompts)) for j in range(self.n) if (i, j) not in have]
 
     def seed(self, prompt: int, sample: int) -> int:
-        """Return the seed of an answer: from the job's seed and its own place, so the same after a restart."""
+        """Return the seed of an answer: from the job's and its own place, so the same after a restart."""
         place = f"{self.settings['seed']} {prompt} {sample}".encode()
         return int.from_bytes(hashlib.blake2b(place, digest_size=7).digest())
 
@@ -84,8 +84,8 @@ class Answers:
         if before != asked:
             differ = [k for k in asked if before is None or before.get(k) != asked[k]]
             raise ValueError(
-                f"{self.path} holds answers of another job, with other {', '.join(differ)}; give --out another "
-                "file, or remove this one"
+                f"{self.path} holds answers of another job, with other {', '.join(differ)}; give --out "
+                "another file, or remove this one"
             )
         whole = self.path.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]
@@ -100,7 +100,7 @@ class Answers:
         with self.path.open("a", encoding="utf-8") as file:
             for one in answers:
                 prompt, sample = places[one.prompt]
-                record = {
+                record: dict[str, Any] = {
                     "prompt": prompt,
                     "sample": sample,
                     "text": one.text,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydragen.host_ints import IntArray
 from hydragen.transformers.levels import Layout, Level, path_lens
+from hydragen.transformers.plans import Plans
 from hydragen.tree import PrefixTree
 
 
@@ -25,6 +26,8 @@ class Step(NamedTuple):
     target: Tensor
     tree: PrefixTree
     causal: bool
+    # Of the steps of a decode loop, which all have this shape
+    plans: Plans | None = None
 
 
 class Rows:
@@ -131,7 +134,7 @@ class Rows:
         self.slots = torch.from_numpy(rows).to(self.device)
         self.first_target = torch.from_numpy(layout.starts[rows]).to(self.device)
         self.first_position = torch.from_numpy(self.path_lens[rows]).to(self.device)
-        self.step = Step(layout, None, torch.empty_like(self.slots), self._tree(rows), causal=False)
+        self.step = Step(layout, None, torch.empty_like(self.slots), self._tree(rows), False, Plans())
         self.lens_before, self.layout, self.fresh = self.lens, layout, False
 
     def advance(self, active: Tensor) -> Tensor:
@@ -142,6 +145,7 @@ class Rows:
         lens = self.lens_on_device[self.slots]
         self.step.target.copy_(self.first_target + lens)
         self.lens_on_device.index_add_(0, self.slots, active.to(torch.int32))
+        self.step.plans.update()  # type: ignore[union-attr]
         self.prepared = True
         return self.first_position + lens
 
