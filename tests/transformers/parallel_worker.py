@@ -1,0 +1,40 @@
+"""One process of a tensor-parallel run: answers to stdout of rank 0, as JSON.
+
+torchrun --nproc-per-node 2 parallel_worker.py FOLDER
+"""
+
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import hydragen
+from hydragen.transformers import PrefixCache
+
+PREFIX = list(range(5, 25))
+QUESTIONS = [[30, 31], [40], [50, 51, 52]]
+
+
+def answer(model: torch.nn.Module) -> dict[str, object]:
+    options = {"max_new_tokens": 8, "logprobs": True}
+    greedy = hydragen.generate(model, PREFIX, QUESTIONS, **options)
+    drawn = hydragen.generate(
+        model, PREFIX, QUESTIONS, num_return_sequences=2, do_sample=True, seed=1, **options
+    )
+    cache = PrefixCache(model).prefill(PREFIX)
+    return {
+        "tokens": [one.token_ids for one in greedy + drawn],
+        "logprobs": [one.logprobs for one in greedy + drawn],
+        "kv_heads": cache.layers[0].keys.shape[1],
+    }
+
+
+if __name__ == "__main__":
+    loaded = AutoModelForCausalLM.from_pretrained(
+        sys.argv[1], attn_implementation="hydragen", tp_plan="auto", dtype=torch.float32
+    )
+    found = answer(loaded.eval())
+    if torch.distributed.get_rank() == 0:
+        print("ANSWER", json.dumps(found))
+    torch.distributed.destroy_process_group()
