@@ -36,5 +36,5 @@ if __name__ == "__main__":
     )
     found = answer(loaded.eval())
     if torch.distributed.get_rank() == 0:
-        print("ANSWER", json.dumps(found))
+        sys.stdout.write(f"ANSWER {json.dumps(found)}\n")
     torch.distributed.destroy_process_group()

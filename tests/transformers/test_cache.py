@@ -153,7 +153,7 @@ def test_out_of_memory_says_how_much_and_the_prefix_survives(ours: PreTrainedMod
     prefix = PrefixCache(ours).prefill(SYSTEM)
     fork = prefix.fork(3)
     fork.generate(QUESTIONS, max_new_tokens=2)
-    fork.begin_decode(np.arange(3), np.full(3, 2**44))
+    fork.rows.begin_decode(np.arange(3), np.full(3, 2**44))
     with pytest.raises(MemoryError, match=r"need .* GiB in each of 2 layers .* shared prefix is intact"):
         fork.decode(torch.tensor([1, 2, 3]), torch.ones(3, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="broke off halfway"):

@@ -114,7 +114,7 @@ def step_seconds(prefix: PrefixCache, case: Case) -> float:
         state = State.begin(limits, np.arange(case.batch), device)
         none = torch.empty(0, dtype=torch.int64, device=device)
         state.accept(cache.last_logits(), Sampling(), none)
-        cache.begin_decode(np.arange(case.batch), limits - 1)
+        cache.rows.begin_decode(np.arange(case.batch), limits - 1)
         step = Step(cache, state, Sampling(), none)
         for _ in range(min(WARM_UP, case.completion - 2)):
             step.run()

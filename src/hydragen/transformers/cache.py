@@ -22,11 +22,11 @@ from hydragen.transformers.support import (
     attention_of,
     caches_latents,
     check_model,
+    check_tokens,
     layer_windows,
-    max_positions,
     text_config,
 )
-from hydragen.transformers.tokens import check_vocabulary, row_groups, token_rows
+from hydragen.transformers.tokens import row_groups, token_rows
 from hydragen.transformers.weights import Weights
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     def _start(self, model: PreTrainedModel, rows: Rows) -> None:
         self.model, self.rows = model, rows
+        # Prefill wants no logits but the last ones; most models can leave the others out.
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._only_last = {"logits_to_keep": 1} if keeps else {}
         latent, used = caches_latents(model), partial(attention_of, text_config(model))
         windows = enumerate(layer_windows(model))
         super().__init__(layers=[PrefixLayer(i, rows, window, latent, used) for i, window in windows])
@@ -115,7 +118,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
                 )
         if not prompts:
             raise ValueError("input_ids must hold a prompt or more, got none; pass token ids")
-        self._check_tokens(prompts, np.zeros(len(prompts), dtype=np.int64))
+        check_tokens(self.model, prompts, np.zeros(len(prompts), dtype=np.int64))
         self.rows.adopt(len(prompts))
         self._logits, self._pending = LastLogits.none(len(prompts)), np.full(len(prompts), -1)
         return self.extend(prompts)
@@ -139,7 +142,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
                 f"input_ids must hold one list of tokens per row, {self.num_rows}, got {len(given)}; give "
                 "rows that get nothing an empty list"
             )
-        self._check_tokens(given, self.lengths + (self._pending >= 0))
+        check_tokens(self.model, given, self.lengths + (self._pending >= 0))
         # The last token that was generated has not been through the model yet.
         waiting = self._pending[:, None]
         new = [np.append(first[first >= 0], ids) for first, ids in zip(waiting, given, strict=True)]
@@ -180,11 +183,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
             raise ValueError(f"rows must be rows of this cache, 0 to {self.num_rows - 1}, got {rows!r}")
         forked = PrefixCache.__new__(PrefixCache)
         levels, parents = mine.levels, mine.parents[chosen]
-        if mine.lens.any() or not levels:
-            tails = tuple(layer.kv()[-1] for layer in self.layers) if mine.lens.any() else ()
-            if tails:
-                levels = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails))
-                parents = chosen
+        if mine.lens.any():
+            tails = tuple(layer.kv()[-1] for layer in self.layers)
+            levels, parents = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails)), chosen
         forked._start(self.model, Rows(levels, frozen(parents), mine.num_layers, mine.device))  # noqa: SLF001
         forked._weights, forked._pending = self._weights, self._pending[chosen]  # noqa: SLF001
         forked._logits = self._logits.of_rows(chosen)  # noqa: SLF001
@@ -245,12 +246,8 @@ class PrefixCache(Cache):  # type: ignore[misc]
         """Logits that follow each row's last token, [num_rows, vocabulary]; ValueError where not known."""
         return self._logits.get(self.lengths)
 
-    def begin_decode(self, rows: IntArray, room: IntArray) -> None:
-        """Get ready for at most room[i] steps of one token for rows[i]."""
-        self.rows.begin_decode(rows, room)
-
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
-        """Run one token, int64 [rows], for each row of `begin_decode`; logits [rows, vocabulary].
+        """Run one token, int64 [rows], for each row of `Rows.begin_decode`; logits [rows, vocabulary].
 
         Rows that are not active, bool [rows], are computed and not stored. Device work only.
         """
@@ -273,16 +270,6 @@ class PrefixCache(Cache):  # type: ignore[misc]
         self.rows.fresh = True
         self._pending = np.full(self.num_rows, -1)  # generate feeds whole sequences
 
-    def _check_tokens(self, given: Sequence[IntArray], begin: IntArray) -> None:
-        vocabulary, limit = self.model.get_input_embeddings().num_embeddings, max_positions(self.model)
-        for row, ids in enumerate(given):
-            check_vocabulary(ids, vocabulary, f"input_ids[{row}]")
-            if limit is not None and begin[row] + ids.size > limit:
-                raise ValueError(
-                    f"row {row} must fit the model's {limit} positions, got {begin[row] + ids.size} tokens; "
-                    "shorten the prompt"
-                )
-
     def _run(self, rows: IntArray, ids: Sequence[IntArray]) -> Tensor:
         """Run tokens ids[i] of rows[i] through the model; logits of the last ones, [rows, vocabulary]."""
         counts = np.array([x.size for x in ids], dtype=np.int64)
@@ -298,9 +285,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
             return self._forward(torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device))
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        options = {"logits_to_keep": 1} if keeps else {}
-        out = self.model(tokens, position_ids=positions, past_key_values=self, use_cache=True, **options)
+        out = self.model(
+            tokens, position_ids=positions, past_key_values=self, use_cache=True, **self._only_last
+        )
         logits: Tensor = out.logits[:, -1]
         return logits
 

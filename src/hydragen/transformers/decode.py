@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,10 +17,11 @@ from hydragen.transformers.sampling import Sampling
 if TYPE_CHECKING:
     from hydragen.transformers.cache import PrefixCache
 
-# Steps between looks at which rows have finished; each look waits for the device.
-LOOK_EVERY = {"cpu": 1, "cuda": 16}
-# Rows are dropped when at most this share of them still runs: on a GPU each change is a new graph.
-KEEP_ABOVE = {"cpu": 0.999, "cuda": 0.75}
+# On a GPU, steps between looks at which rows have finished: each look waits for the device.
+LOOK_EVERY = 16
+# On a GPU, rows are dropped when at most this share of them still runs: each change is a new graph.
+# Elsewhere each step is looked at, and finished rows are dropped at once.
+KEEP_ABOVE = 0.75
 
 
 class Finished(NamedTuple):
@@ -69,6 +71,7 @@ class State:
             logprobs=torch.zeros(size, longest, dtype=torch.float32, device=device),
         )
 
+    @torch.no_grad()
     def accept(self, logits: Tensor, sampling: Sampling, stop: Tensor) -> None:
         """Choose the next tokens and note them, in place: a captured step reads and writes these tensors."""
         chosen, logprob = sampling.choose(logits, self.seed, self.made)
@@ -78,7 +81,7 @@ class State:
             noted.scatter_(1, place, torch.where(self.active, new, old)[:, None])
         self.token.copy_(torch.where(self.active, chosen, self.token))
         self.made.add_(self.active)
-        stopped = torch.isin(chosen, stop) | (self.made >= self.limit)
+        stopped = (chosen[:, None] == stop).any(1) | (self.made >= self.limit)
         self.active.logical_and_(~stopped)
 
     def select(self, rows: Tensor) -> State:
@@ -92,7 +95,6 @@ def decode(
     seeds: IntArray,
     sampling: Sampling,
     stop_token_ids: Sequence[int],
-    on_step: Callable[[IntArray, IntArray], object] = lambda _rows, _made: None,
 ) -> Iterator[Finished]:
     """Continue every row of `cache` until its limit or a stop token; yield rows as they finish.
 
@@ -103,34 +105,31 @@ def decode(
     limits : int64 [rows]
         The most new tokens of each row, at least 1.
     seeds : int64 [rows]
-    on_step : callable
-        Hears now and then which rows are being computed and how many tokens each has made.
     """
     device, start = cache.model.device, cache.lengths - cache.rows.path_lens
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=device)
+    look_every = LOOK_EVERY if device.type == "cuda" else 1
     rows, reported = np.arange(cache.num_rows), np.zeros(cache.num_rows, dtype=bool)
-    with torch.no_grad():
-        state = State.begin(limits, seeds, device)
-        state.accept(cache.last_logits(), sampling, stop)
-        step: Step | None = None
-        while True:
-            made, active = state.made.cpu().numpy(), state.active.cpu().numpy()
-            # The token a row made last has not been fed.
-            cache.end_decode(rows, start[rows] + made - 1, state.token.cpu().numpy())
-            on_step(rows, made)
-            yield from _finished(state, np.flatnonzero(~active & ~reported), rows, stop_token_ids)
-            reported |= ~active
-            if reported.all():
-                return
-            if step is None or active.sum() <= KEEP_ABOVE[device.type] * rows.size:
-                left = np.flatnonzero(active)
-                state = state.select(torch.from_numpy(left).to(device))
-                rows, made, reported = rows[left], made[left], np.zeros(left.size, dtype=bool)
-                cache.begin_decode(rows, limits[rows] - made)
-                step = Step(cache, state, sampling, stop)
-                active = np.ones(left.size, dtype=bool)
-            for _ in range(min(LOOK_EVERY[device.type], int((limits[rows] - made)[active].max()))):
-                step.run()
+    state = State.begin(limits, seeds, device)
+    state.accept(cache.last_logits(), sampling, stop)
+    step: Step | None = None
+    while True:
+        made, active = state.made.cpu().numpy(), state.active.cpu().numpy()
+        # The token a row made last has not been fed.
+        cache.end_decode(rows, start[rows] + made - 1, state.token.cpu().numpy())
+        yield from _finished(state, np.flatnonzero(~active & ~reported), rows, stop_token_ids)
+        reported |= ~active
+        if reported.all():
+            return
+        if step is None or active.sum() <= (KEEP_ABOVE if device.type == "cuda" else 0.999) * rows.size:
+            left = np.flatnonzero(active)
+            state = state.select(torch.from_numpy(left).to(device))
+            rows, made, reported = rows[left], made[left], np.zeros(left.size, dtype=bool)
+            cache.rows.begin_decode(rows, limits[rows] - made)
+            step = Step(cache, state, sampling, stop)
+            active = np.ones(left.size, dtype=bool)
+        for _ in range(min(look_every, int((limits[rows] - made)[active].max()))):
+            step.run()
 
 
 class Step:
@@ -145,17 +144,33 @@ class Step:
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
+    @torch.no_grad()
     def run(self) -> None:
         """Do one step."""
         self.runs += 1
-        if self.graph is None and self.runs > 1 and self.state.token.is_cuda:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._eager()
+        if self.runs == 2 and self.state.token.is_cuda:
+            self._capture()
         if self.graph is not None:
             self.graph.replay()
         else:
             self._eager()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._eager()
+        except RuntimeError as error:
+            # Nothing of the step has run: only the notes of which layers have stored it are wrong.
+            self.cache.rows.forget_step()
+            warnings.warn(
+                f"{type(self.cache.model).__name__} cannot be captured in a CUDA graph, so the host takes "
+                f"part in every decode step: {error}",
+                UserWarning,
+                stacklevel=2,
+            )
+        else:
+            self.graph = graph
 
     def _eager(self) -> None:
         logits = self.cache.decode(self.state.token, self.state.active)

@@ -149,6 +149,10 @@ class Rows:
         self.prepared = True
         return self.first_position + lens
 
+    def forget_step(self) -> None:
+        """Undo the notes of a step that was never run."""
+        self.prepared, self.waiting = False, 0
+
     def end_decode(self, rows: IntArray, lens: IntArray) -> None:
         """Say how long rows have become."""
         self.lens = self.lens.copy()

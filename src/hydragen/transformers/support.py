@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+
+from hydragen.host_ints import IntArray
+from hydragen.transformers.tokens import check_vocabulary
 
 _KINDS = ("full_attention", "sliding_attention")
 
@@ -77,6 +81,18 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
 def caches_latents(model: PreTrainedModel) -> bool:
     """Whether the model caches compressed keys and values (multi-head latent attention)."""
     return getattr(text_config(model), "kv_lora_rank", None) is not None
+
+
+def check_tokens(model: PreTrainedModel, given: Sequence[IntArray], begin: IntArray) -> None:
+    """Raise a ValueError unless given[i] are the model's tokens and fit its positions after begin[i]."""
+    vocabulary, limit = model.get_input_embeddings().num_embeddings, max_positions(model)
+    for row, ids in enumerate(given):
+        check_vocabulary(ids, vocabulary, f"input_ids[{row}]")
+        if limit is not None and begin[row] + ids.size > limit:
+            raise ValueError(
+                f"row {row} must fit the model's {limit} positions, got {begin[row] + ids.size} tokens; "
+                "shorten the prompt"
+            )
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
