@@ -75,6 +75,20 @@ def test_many_users_and_turns(ours: PreTrainedModel) -> None:
     assert users.lengths.tolist() == [len(x) - 1 for x in history]
 
 
+def test_users_who_are_silent_are_not_answered(ours: PreTrainedModel) -> None:
+    users = PrefixCache(ours).prefill(SYSTEM).fork(2)
+    first = users.generate(QUESTIONS[:2], max_new_tokens=3)
+    only = users.generate([[], QUESTIONS[2]], max_new_tokens=[0, 4])
+    assert [one.prompt for one in only] == [1]
+    assert only[0].token_ids == greedy(ours, SYSTEM + QUESTIONS[1] + first[1].token_ids + QUESTIONS[2], 4)
+    again = users.generate([[9], []], max_new_tokens=[4, 0])
+    assert again[0].token_ids == greedy(ours, SYSTEM + QUESTIONS[0] + first[0].token_ids + [9], 4)
+    before = users.lengths
+    with pytest.raises(ValueError, match=r"row 1 must leave room for 250 new tokens"):
+        users.generate(max_new_tokens=[0, 250])
+    assert users.lengths.tolist() == before.tolist()
+
+
 def test_a_conversation_can_be_forked(ours: PreTrainedModel) -> None:
     chat = PrefixCache(ours).prefill(SYSTEM).fork(2)
     first = chat.generate(QUESTIONS[:2], max_new_tokens=3)
@@ -310,8 +324,8 @@ def test_a_cache_used_in_the_wrong_order(ours: PreTrainedModel) -> None:
     with pytest.raises(NotImplementedError, match="takes no tokens back"):
         cache.crop(-1)
     ours(torch.tensor([[3]]), position_ids=torch.tensor([[2]]), past_key_values=cache)
-    with pytest.raises(ValueError, match="must have just been extended"):
-        cache.last_logits()
+    with pytest.raises(ValueError, match=r"row \[0\] must have just been extended"):
+        cache.last_logits(np.arange(1))
 
 
 # Models that cannot work

@@ -113,7 +113,7 @@ def step_seconds(prefix: PrefixCache, case: Case) -> float:
     with torch.no_grad():
         state = State.begin(limits, np.arange(case.batch), device)
         none = torch.empty(0, dtype=torch.int64, device=device)
-        state.accept(cache.last_logits(), Sampling(), none)
+        state.accept(cache.last_logits(np.arange(case.batch)), Sampling(), none)
         cache.rows.begin_decode(np.arange(case.batch), limits - 1)
         step = Step(cache, state, Sampling(), none)
         for _ in range(min(WARM_UP, case.completion - 2)):

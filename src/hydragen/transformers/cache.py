@@ -83,6 +83,14 @@ class PrefixCache(Cache):  # type: ignore[misc]
         return frozen(self.rows.path_lens + self.rows.lens)
 
     @property
+    def next_positions(self) -> IntArray:
+        """Where the next token of each row will stand, int64 [num_rows].
+
+        One more than `lengths` has for rows whose last generated token has not been fed yet.
+        """
+        return frozen(self.lengths + (self._pending >= 0))
+
+    @property
     def stored_tokens(self) -> int:
         """Tokens that are stored, each once."""
         return int(sum(level.lens.sum() for level in self.rows.levels) + self.rows.lens.sum())
@@ -142,7 +150,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
                 f"input_ids must hold one list of tokens per row, {self.num_rows}, got {len(given)}; give "
                 "rows that get nothing an empty list"
             )
-        check_tokens(self.model, given, self.lengths + (self._pending >= 0))
+        check_tokens(self.model, given, self.next_positions)
         # The last token that was generated has not been through the model yet.
         waiting = self._pending[:, None]
         new = [np.append(first[first >= 0], ids) for first, ids in zip(waiting, given, strict=True)]
@@ -242,9 +250,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
         return continue_rows(self, input_ids, **options)
 
-    def last_logits(self) -> Tensor:
-        """Logits that follow each row's last token, [num_rows, vocabulary]; ValueError where not known."""
-        return self._logits.get(self.lengths)
+    def last_logits(self, rows: IntArray) -> Tensor:
+        """Logits that follow the last token of `rows`, [rows, vocabulary]; ValueError where not known."""
+        return self._logits.get(rows, self.lengths)
 
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
         """Run one token, int64 [rows], for each row of `Rows.begin_decode`; logits [rows, vocabulary].

@@ -96,22 +96,23 @@ def decode(
     sampling: Sampling,
     stop_token_ids: Sequence[int],
 ) -> Iterator[Finished]:
-    """Continue every row of `cache` until its limit or a stop token; yield rows as they finish.
+    """Continue the rows of `cache` until its limit or a stop token; yield rows as they finish.
 
     Parameters
     ----------
     cache : PrefixCache
         Its rows' last logits are known: they have been prefilled, or forked from rows that were.
     limits : int64 [rows]
-        The most new tokens of each row, at least 1.
+        The most new tokens of each row; rows with 0 are left alone.
     seeds : int64 [rows]
     """
     device, start = cache.model.device, cache.lengths - cache.rows.path_lens
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=device)
     look_every = LOOK_EVERY if device.type == "cuda" else 1
-    rows, reported = np.arange(cache.num_rows), np.zeros(cache.num_rows, dtype=bool)
-    state = State.begin(limits, seeds, device)
-    state.accept(cache.last_logits(), sampling, stop)
+    rows = np.flatnonzero(limits)
+    reported = np.zeros(rows.size, dtype=bool)
+    state = State.begin(limits[rows], seeds[rows], device)
+    state.accept(cache.last_logits(rows), sampling, stop)
     step: Step | None = None
     while True:
         made, active = state.made.cpu().numpy(), state.active.cpu().numpy()

@@ -17,7 +17,7 @@ from hydragen.transformers.decode import decode
 from hydragen.transformers.prompts import draw_seeds, join_levels, token_ids_of
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import max_positions
-from hydragen.transformers.tokens import check_vocabulary
+from hydragen.transformers.tokens import check_vocabulary, token_rows
 
 
 @dataclass(frozen=True)
@@ -229,29 +229,34 @@ def continue_rows(
     input_ids : optional
         Tokens for each row to go on from, as `PrefixCache.extend` takes them.
     max_new_tokens : int, or one per row
+        Rows with 0 are not answered.
     Others : as in `generate`
 
     Returns
     -------
     list of Completion
-        One per row: `prompt` is the row.
+        One per row that is answered, in order: `prompt` is the row.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p)
+    cache.check_weights()
     size = cache.num_rows
     limits = np.broadcast_to(np.asarray(max_new_tokens, dtype=np.int64), (size,)).copy()
-    if size == 0 or (limits < 1).any():
+    if size == 0 or (limits < 0).any() or not limits.any():
         raise ValueError(
-            f"max_new_tokens must be at least 1 for each row, got {max_new_tokens!r} for {size} rows; "
+            f"max_new_tokens must be at least 1 for a row or more, got {max_new_tokens!r} for {size} rows; "
             "prefill a prompt first"
         )
-    cache.extend([[]] * size if input_ids is None else input_ids)
+    given = [np.empty(0, np.int64)] * size if input_ids is None else token_rows(input_ids, "input_ids")
     most = max_positions(cache.model)
-    if most is not None and (cache.lengths + limits > most).any():
-        row = int((cache.lengths + limits).argmax())
-        raise ValueError(
-            f"row {row} must leave room for {limits[row]} new tokens in the model's {most} positions, got "
-            f"{cache.lengths[row]} tokens; ask for fewer"
-        )
+    if most is not None and len(given) == size:
+        ends = cache.next_positions + [ids.size for ids in given] + limits
+        row = int(ends.argmax())
+        if ends[row] > most:
+            raise ValueError(
+                f"row {row} must leave room for {limits[row]} new tokens in the model's {most} positions, "
+                f"got {ends[row] - limits[row]} tokens; ask for fewer"
+            )
+    cache.extend(given)
     seeds = draw_seeds(seed, size)
     done = decode(cache, limits, seeds, sampling, stop_ids(cache.model, stop_token_ids))
     return [

@@ -47,12 +47,12 @@ class LastLogits(NamedTuple):
         """Return those of rows that continue `rows`."""
         return LastLogits(self.values, self.kept_at[rows], self.lengths[rows])
 
-    def get(self, lengths: IntArray) -> Tensor:
-        """Return logits [rows, vocabulary]; ValueError unless they follow rows that are `lengths` long."""
-        wrong = np.flatnonzero((self.kept_at < 0) | (self.lengths != lengths))
+    def get(self, rows: IntArray, lengths: IntArray) -> Tensor:
+        """Return logits [rows, vocabulary] of `rows`; ValueError unless all rows are `lengths` long."""
+        wrong = rows[(self.kept_at[rows] < 0) | (self.lengths[rows] != lengths[rows])]
         if wrong.size or self.values is None:
             raise ValueError(
-                f"row {int(wrong[0])} must have just been extended, so that its next token is known, got one "
-                "that ends elsewhere; extend the cache with the tokens to go on from"
+                f"row {wrong[:1].tolist()} must have just been extended, so that its next token is known, "
+                "got one that ends elsewhere; extend the cache with the tokens to go on from"
             )
-        return self.values[torch.from_numpy(self.kept_at).to(self.values.device)]
+        return self.values[torch.from_numpy(self.kept_at[rows]).to(self.values.device)]
