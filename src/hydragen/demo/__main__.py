@@ -1,4 +1,4 @@
-"""Run the demo: `python -m hydragen.demo [--out FOLDER]`."""
+"""Run the demo: `hydragen demo [--out FOLDER]`, or `python -m hydragen.demo`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import hydragen
+from hydragen.demo.generation import CHAPTER_BYTES, NEW_TOKENS, Generated, compare, report
 from hydragen.demo.measure import (
     WAYS,
     Exactness,
@@ -104,21 +105,33 @@ def table(found: Measured, sizes: Sizes) -> str:
     return "\n".join(f"{name:<22}{a:>14}{b:>14}   {note}".rstrip() for name, a, b, note in rows)
 
 
-def draw(times: dict[int, tuple[float, float]], path: Path, title: str) -> None:
-    """Write a picture of how time grows with the number of sequences."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    counts = list(times)
+def draw(found: Measured, generated: Generated, path: Path) -> None:
+    """Write a picture of how time grows with the number of sequences: of attention, and of generation."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counts = list(found.times)
     for column, label, style in (
         (1, "without sharing: PyTorch SDPA", "o--"),
         (0, "hydragen.attention", "o-"),
     ):
-        axes.plot(counts, [times[count][column] * 1e3 for count in counts], style, label=label)
-    axes.set(xlabel="sequences", ylabel="time of attention (ms)", xticks=counts[-4:], ylim=(0, None))
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+        left.plot(counts, [found.times[count][column] * 1e3 for count in counts], style, label=label)
+    left.set(xlabel="sequences", ylabel="time of attention (ms)", xticks=counts[-4:])
+    left.set_title(
+        f"{NUM_QUESTIONS} questions about a document of {len(found.batch.k):,} tokens", fontsize=10
+    )
+    counts = list(generated.seconds)
+    for column, label, style in (
+        (0, "without sharing: transformers' generate", "o--"),
+        (1, "hydragen.generate", "o-"),
+    ):
+        right.plot(counts, [generated.seconds[count][column] for count in counts], style, label=label)
+    right.set(xlabel="sequences", ylabel="time of generation (s)", xticks=counts)
+    right.set_title(f"{NEW_TOKENS} tokens per answer, {CHAPTER_BYTES:,} bytes of chapter", fontsize=10)
+    for axes in (left, right):
+        axes.set_ylim(0, None)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -139,9 +152,18 @@ def main() -> None:
     print(
         f"A head spreads its attention over about {found.exactness.tokens_attended:,.0f} of a row's tokens."
     )
+    print(
+        f"\nA small Llama with random weights answers them, {CHAPTER_BYTES:,} bytes of chapter each, "
+        f"{NEW_TOKENS} tokens per answer, greedy:",
+        flush=True,
+    )
+    generated = compare(device)
+    print(f"\n{report(generated)}")
     picture = out / "demo.png"
-    draw(found.times, picture, f"{NUM_QUESTIONS} questions about a document of {len(found.batch.k):,} tokens")
+    draw(found, generated, picture)
     print(f"Picture of time by number of sequences: {picture}")
+    if generated.wrong:
+        raise SystemExit(f"{generated.wrong} answers differ between shared and ordinary generation")
     print(f"Done in {time.perf_counter() - began:.0f} s.")
 
 
