@@ -1,6 +1,7 @@
 """Exact attention over batches of sequences that share prefixes (Hydragen, arXiv 2402.05099)."""
 
 from importlib import import_module
+from typing import Any
 
 from hydragen.api import attention, plan
 from hydragen.explain import Explanation, explain
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Find `generate`, which needs the extra `transformers`, when it is first asked for."""
     if name == "generate":
         return import_module("hydragen.transformers").generate

@@ -121,6 +121,9 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Write the table as CSV, too.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the table.")] = None,
     hf: Annotated[bool, typer.Option(help="Also measure transformers' own generate.")] = True,
+    tree: Annotated[
+        str | None, typer.Option(help="Two levels instead, e.g. 8x2048: 8 nodes of 2,048 under the prefix.")
+    ] = None,
     dtype: Dtype = Dtype.auto,
     device: Device = "auto",
 ) -> None:
@@ -130,7 +133,13 @@ def bench(
     off; the prefix stored once but read by every sequence; transformers' generate with the prefix copied; and
     the bound, which is attention switched off plus the least time its memory traffic and arithmetic take.
     """
-    from hydragen.transformers.bench import Case, measure, table, write_csv  # noqa: PLC0415
+    from hydragen.transformers.bench import (  # noqa: PLC0415
+        Case,
+        measure,
+        measure_tree,
+        table,
+        write_csv,
+    )
 
     with told():
         model = load_config(config, dtype, device)
@@ -138,9 +147,19 @@ def bench(
         rows = []
         for tokens in prefix or [1024, 4096]:
             for size in batch or [32, 256]:
+                if tree is not None:
+                    branches, _, tokens_each = tree.partition("x")
+                    case = Case(label, size, tokens, completion)
+                    both, first, off = measure_tree(model, case, int(branches), int(tokens_each))
+                    typer.echo(
+                        f"{label}: {size} answers, {tokens} + {tree} tokens: {both:,.0f} tokens/s with both "
+                        f"levels shared, {first:,.0f} with the first only ({first / both:.0%} of the time), "
+                        f"{off:,.0f} with attention off"
+                    )
+                    continue
                 rows.append(measure(model, Case(label, size, tokens, completion), hf=hf))
                 typer.echo(table(rows[-1:], heading=len(rows) == 1))
-        if out is not None:
+        if out is not None and rows:
             write_csv(rows, out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from models import VOCABULARY, make_model
 
-from hydragen.transformers import PrefixCache, bench
+from hydragen.transformers import PrefixCache, arms
 
 
 def test_reading_per_sequence_gives_the_same_answers() -> None:
@@ -15,10 +15,21 @@ def test_reading_per_sequence_gives_the_same_answers() -> None:
     cache = PrefixCache(model).prefill(prompt).fork(3)
     shared = cache.generate([[5], [6], [7]], max_new_tokens=6)
     cache.reset()
-    with bench.attention_replaced(bench.per_sequence):
+    with arms.attention_replaced(arms.per_sequence):
         apart = cache.generate([[5], [6], [7]], max_new_tokens=6, seed=[one.seed for one in shared])
     assert apart == shared
     cache.reset()
-    with bench.attention_replaced(bench.switched_off):
+    with arms.attention_replaced(arms.switched_off):
         off = cache.generate([[5], [6], [7]], max_new_tokens=6)
     assert off != shared
+
+
+def test_sharing_the_first_level_only_gives_the_same_answers() -> None:
+    """In a model of one layer the copies are that layer's own."""
+    model = make_model("llama", num_hidden_layers=1)
+    cache = PrefixCache(model).prefill([5, 6, 7, 8]).fork(2).extend([[9, 10, 11], [12, 13, 14]]).fork(2)
+    shared = cache.generate(max_new_tokens=6)
+    fresh = PrefixCache(model).prefill([5, 6, 7, 8]).fork(2).extend([[9, 10, 11], [12, 13, 14]]).fork(2)
+    with arms.attention_replaced(arms.FirstLevelOnly()):
+        apart = fresh.generate(max_new_tokens=6, seed=[one.seed for one in shared])
+    assert apart == shared

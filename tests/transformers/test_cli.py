@@ -153,6 +153,17 @@ def test_bench(model_folder: Path, tmp_path: Path) -> None:
     assert {row["bound"] for row in rows} == {""}
 
 
+def test_bench_of_two_levels(model_folder: Path) -> None:
+    done = run(
+        "bench", "--config", model_folder, "--batch", 4, "--prefix", 10, "--completion", 6, "--tree", "2x8"
+    )
+    assert done.exit_code == 0, done.output
+    assert "tokens/s with both levels shared" in done.output
+    wrong = run("bench", "--config", model_folder, "--batch", 5, "--prefix", 10, "--tree", "2x8")
+    assert wrong.exit_code == 2
+    assert "batch must be a multiple of the 2 branches, got 5" in wrong.output
+
+
 @pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["demo"]])
 def test_help(command: list[str]) -> None:
     done = run(*command, "--help")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,20 +88,16 @@ def compare(device: torch.device) -> Generated:
         for count in COUNTS:
             bar.set_description(f"generating {count} answers")
             some = questions[:count]
-            slow, ordinary = _timed(lambda some=some: _ordinary(model, some), device)
+            slow, ordinary = _timed(partial(_ordinary, model, some), device)
             bar.update(count)
-            fast, shared = _timed(
-                lambda some=some: hydragen.generate(
-                    model, some, max_new_tokens=NEW_TOKENS, batch_size=NUM_QUESTIONS
-                ),
-                device,
-            )
+            options = {"max_new_tokens": NEW_TOKENS, "batch_size": NUM_QUESTIONS}
+            fast, shared = _timed(partial(hydragen.generate, model, some, **options), device)
             bar.update(count)
             seconds[count] = slow, fast
     identical, near_ties, wrong = _agreement(ordinary, [one.token_ids for one in shared])
     copied = sum(x.size + NEW_TOKENS for x in questions)
     tree = hydragen.PrefixTree.from_token_ids(questions, min_shared=16)
-    stored = int(np.sum(tree.kv_lens)) + NUM_QUESTIONS * NEW_TOKENS
+    stored = int(tree.kv_offsets[-1]) + NUM_QUESTIONS * NEW_TOKENS
     token = _bytes_per_token(model) / 1e6
     return Generated(seconds, identical, near_ties, wrong, (copied * token, stored * token))
 

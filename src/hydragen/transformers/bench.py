@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hydragen.explain import explain
-from hydragen.kv import PackedKV
-from hydragen.transformers import attention as layer_attention
+from hydragen.transformers.arms import FirstLevelOnly, attention_replaced, per_sequence, switched_off
 from hydragen.transformers.batches import bytes_per_token
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.decode import State, Step
-from hydragen.transformers.layers import PrefixLayer
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import text_config
 from hydragen.tree import PrefixTree
 
-USUAL = layer_attention.read_levels
 # Steps that are not timed: the first is eager, the second captured.
 WARM_UP = 3
 
@@ -106,9 +101,36 @@ def measure(model: PreTrainedModel, case: Case, hf: bool = True) -> Row:
     )
 
 
+def measure_tree(
+    model: PreTrainedModel, case: Case, branches: int, branch_tokens: int
+) -> tuple[float, float, float]:
+    """Measure two levels of sharing: decode tokens per second of case.batch answers.
+
+    Under case.prefix shared tokens hang `branches` nodes of `branch_tokens` each, and under each of them as
+    many answers.
+
+    Returns
+    -------
+    ours, first_level_only, attention_off : float
+        Both levels shared; only the first one; attention switched off.
+    """
+    if case.batch % branches:
+        raise ValueError(f"batch must be a multiple of the {branches} branches, got {case.batch}; change one")
+    numbers = np.random.default_rng(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    trunk = PrefixCache(model).prefill(numbers.integers(0, vocabulary, case.prefix)).fork(branches)
+    trunk.extend(list(numbers.integers(0, vocabulary, (branches, branch_tokens))))
+    ours = step_seconds(trunk, case)
+    with attention_replaced(FirstLevelOnly()):
+        first = step_seconds(trunk, case)
+    with attention_replaced(switched_off):
+        off = step_seconds(trunk, case)
+    return case.batch / ours, case.batch / first, case.batch / off
+
+
 def step_seconds(prefix: PrefixCache, case: Case) -> float:
     """Mean seconds of a decode step, over all steps after the warm-up."""
-    cache, device = prefix.fork(case.batch), prefix.model.device
+    cache, device = prefix.fork(case.batch // prefix.num_rows), prefix.model.device
     limits = np.full(case.batch, case.completion)
     with torch.no_grad():
         state = State.begin(limits, np.arange(case.batch), device)
@@ -173,46 +195,6 @@ def roof_seconds(prefix: PrefixCache, case: Case) -> float:
             device=k.device,
         ).seconds
     return total
-
-
-@contextmanager
-def attention_replaced(other: Callable[[PrefixLayer, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
-    """Let models read what a PrefixCache holds by `other`."""
-    layer_attention.read_levels = other  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        layer_attention.read_levels = USUAL
-
-
-def switched_off(layer: PrefixLayer, q: Tensor, _: dict[str, Any]) -> Tensor:
-    """Attention switched off: right shape, no work."""
-    tail = layer.kv()[-1]
-    v = tail.v if isinstance(tail, PackedKV) else tail[1]
-    return q.new_zeros(*q.shape[:-1], v.shape[-1])
-
-
-def per_sequence(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Tensor:
-    """Attention with sharing switched off: the same keys, in place, as a segment of each row's own.
-
-    Decode steps over one shared prefix; others are read as usual.
-    """
-    rows, kv = layer.rows, layer.kv()
-    if rows.step.plans is None or len(kv) != 2 or rows.levels[0].lens.size != 1:
-        return USUAL(layer, q, options)
-    prefix = kv[0]
-    k, v = (prefix.k[None], prefix.v[None]) if isinstance(prefix, PackedKV) else prefix
-    level = k.expand(rows.size, -1, -1, -1), v.expand(rows.size, -1, -1, -1)
-    apart = PrefixTree.from_parents(
-        np.append(np.full(rows.size, -1), np.arange(rows.size)),
-        row_to_node=rows.step.tree.row_to_node + rows.size - 1,
-    )
-
-    def lens() -> list[object]:
-        return [np.repeat(rows.levels[0].lens, rows.size), rows.lens_on_device]
-
-    plan = rows.step.plans.get(apart, [level, kv[1]], q.shape[2], lens)
-    return cast("Tensor", plan.run(q, [level, kv[1]], **options))
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
