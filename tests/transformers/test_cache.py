@@ -142,6 +142,8 @@ def test_reset_keeps_the_shared_prefix(ours: PreTrainedModel) -> None:
             assert one.token_ids == greedy(ours, SYSTEM + question, 4)
         fork.reset()
         assert fork.lengths.tolist() == [len(SYSTEM)] * 3
+    # and what follows the prefix is still known
+    assert fork.generate(max_new_tokens=4)[2].token_ids == greedy(ours, SYSTEM, 4)
 
 
 def test_a_cache_is_freed_without_the_garbage_collector(ours: PreTrainedModel) -> None:

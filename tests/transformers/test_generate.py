@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -237,9 +238,19 @@ def test_ten_thousand_answers_in_bounded_memory(monkeypatch: pytest.MonkeyPatch)
     assert prefills == [len(SYSTEM)]
 
 
-def test_progress_is_shown(ours: PreTrainedModel, capfd: pytest.CaptureFixture[str]) -> None:
-    hydragen.generate(ours, SYSTEM, max_new_tokens=2)
+def test_progress_is_shown_when_asked_for(ours: PreTrainedModel, capfd: pytest.CaptureFixture[str]) -> None:
+    hydragen.generate(ours, SYSTEM, QUESTIONS, max_new_tokens=2)
+    hydragen.generate(ours, SYSTEM, QUESTIONS, max_new_tokens=2, progress=False)
     assert capfd.readouterr().err == ""
+    hydragen.generate(ours, SYSTEM, QUESTIONS, max_new_tokens=2, progress=True)
+    assert "4/4" in capfd.readouterr().err
+
+
+def test_a_tokenizer_of_another_vocabulary(ours: PreTrainedModel, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["more", "words"])
+    with pytest.raises(ValueError, match=f"it has 99 tokens, the model {VOCABULARY}"):
+        hydragen.generate(ours, "w5", tokenizer=tokenizer)
 
 
 def test_a_gpu_or_cpu_dtype_is_the_models(ours: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ from hydragen.transformers.support import (
     layer_windows,
     text_config,
 )
-from hydragen.transformers.tokens import row_groups, token_rows
+from hydragen.transformers.tokens import left_padded, row_groups, token_rows
 from hydragen.transformers.weights import Weights
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._start(check_model(model), Rows.none(len(layer_windows(model)), model.device))
-        self._weights, self._logits, self._pending = Weights(), LastLogits.none(0), np.empty(0, np.int64)
+        self._weights = Weights()
+        self._begin(LastLogits.none(0), np.empty(0, dtype=np.int64))
 
     def _start(self, model: PreTrainedModel, rows: Rows) -> None:
         self.model, self.rows = model, rows
@@ -71,6 +72,10 @@ class PrefixCache(Cache):  # type: ignore[misc]
         latent, used = caches_latents(model), partial(attention_of, text_config(model))
         windows = enumerate(layer_windows(model))
         super().__init__(layers=[PrefixLayer(i, rows, window, latent, used) for i, window in windows])
+
+    def _begin(self, logits: LastLogits, pending: IntArray) -> None:
+        """Take over what is known of the rows' ends; `reset` comes back to it."""
+        self._logits, self._pending, self._origin = logits, pending, (logits, pending)
 
     @property
     def num_rows(self) -> int:
@@ -103,11 +108,6 @@ class PrefixCache(Cache):  # type: ignore[misc]
         input_ids : integers [len]; or one such per row, as a list or a tensor [num_rows, len]
             Token ids without padding. One prompt makes a cache of one row.
 
-        Returns
-        -------
-        PrefixCache
-            This one.
-
         Raises
         ------
         ValueError
@@ -137,11 +137,6 @@ class PrefixCache(Cache):  # type: ignore[misc]
         Parameters
         ----------
         input_ids : integers [len] for the one row there is; or one such per row
-
-        Returns
-        -------
-        PrefixCache
-            This one.
         """
         self.check_weights()
         given = token_rows(input_ids, "input_ids")
@@ -195,8 +190,8 @@ class PrefixCache(Cache):  # type: ignore[misc]
             tails = tuple(layer.kv()[-1] for layer in self.layers)
             levels, parents = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails)), chosen
         forked._start(self.model, Rows(levels, frozen(parents), mine.num_layers, mine.device))  # noqa: SLF001
-        forked._weights, forked._pending = self._weights, self._pending[chosen]  # noqa: SLF001
-        forked._logits = self._logits.of_rows(chosen)  # noqa: SLF001
+        forked._weights = self._weights  # noqa: SLF001
+        forked._begin(self._logits.of_rows(chosen), self._pending[chosen])  # noqa: SLF001
         return forked
 
     def reset(self) -> None:
@@ -209,7 +204,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
             self.rows.adopt(0)
         for layer in self.layers:
             layer.drop()
-        self._logits, self._pending = LastLogits.none(self.num_rows), np.full(self.num_rows, -1)
+        self._begin(*self._origin)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue what row beam_idx[i] was, as beam search does between steps."""
@@ -227,7 +222,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
         self._weights.check(self.model)
 
     def invalidate(self) -> None:
-        """Say that the weights changed: this cache and all forks of it refuse to go on."""
+        """Say that the weights changed: this cache and its forks refuse to go on."""
         self._weights.valid = False
 
     def generate(self, input_ids: object = None, **options: Any) -> list[Completion]:
@@ -255,7 +250,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
         return self._logits.get(rows, self.lengths)
 
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
-        """Run one token, int64 [rows], for each row of `Rows.begin_decode`; logits [rows, vocabulary].
+        """Run a token, int64 [rows], for each row of `Rows.begin_decode`; logits [rows, vocabulary].
 
         Rows that are not active, bool [rows], are computed and not stored. Device work only.
         """
@@ -280,17 +275,10 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     def _run(self, rows: IntArray, ids: Sequence[IntArray]) -> Tensor:
         """Run tokens ids[i] of rows[i] through the model; logits of the last ones, [rows, vocabulary]."""
-        counts = np.array([x.size for x in ids], dtype=np.int64)
-        begin = self.lengths[rows]
-        tokens = np.zeros((rows.size, counts.max()), dtype=np.int64)
-        positions = np.zeros_like(tokens)
-        for i, x in enumerate(ids):
-            tokens[i, -x.size :] = x
-            positions[i, -x.size :] = begin[i] + np.arange(x.size)
-        self.rows.announce(rows, counts)
-        device = self.model.device
+        tokens, positions = left_padded(ids, self.lengths[rows])
+        self.rows.announce(rows, np.array([x.size for x in ids], dtype=np.int64))
         with torch.no_grad():
-            return self._forward(torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device))
+            return self._forward(tokens.to(self.model.device), positions.to(self.model.device))
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         out = self.model(

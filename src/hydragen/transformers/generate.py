@@ -136,7 +136,7 @@ def stream(
     stop = stop_ids(base.model, stop_token_ids)
     size = rows_at_a_time(batch_size, base, limit, max(x.size for x in ids))
     hidden = None if progress is None else not progress
-    bar = tqdm(total=len(ids) * n, unit="answer", delay=3, disable=hidden)
+    bar = tqdm(total=len(ids) * n, unit="answer", delay=0 if progress else 3, disable=hidden)
     stored = Prompts(base, ids, as_positive_int(min_shared, "min_shared"))
     given = np.zeros(len(ids), dtype=np.int64)
     with bar:
@@ -200,7 +200,7 @@ def _checked_prompts(
 def _sample_numbers(batch: IntArray, given: IntArray) -> IntArray:
     """Number the answers to each prompt, going on from batch to batch; `given` counts them."""
     numbers = np.empty_like(batch)
-    for i, prompt in enumerate(batch):
+    for i, prompt in enumerate(batch.tolist()):
         numbers[i] = given[prompt]
         given[prompt] += 1
     return numbers

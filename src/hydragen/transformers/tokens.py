@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hydragen.host_ints import IntArray, as_int_vector
@@ -44,6 +45,16 @@ def check_vocabulary(ids: IntArray, size: int, name: str) -> None:
             f"{name} must be tokens of the model's vocabulary, 0 to {size - 1}, got {ids.min()} to "
             f"{ids.max()}; use the tokenizer that belongs to the model"
         )
+
+
+def left_padded(ids: Sequence[IntArray], begin: IntArray) -> tuple[Tensor, Tensor]:
+    """Return ids and positions, row i beginning at begin[i], int64 [rows, longest] with zeros on the left."""
+    tokens = np.zeros((len(ids), max(x.size for x in ids)), dtype=np.int64)
+    positions = np.zeros_like(tokens)
+    for i, x in enumerate(ids):
+        tokens[i, -x.size :] = x
+        positions[i, -x.size :] = begin[i] + np.arange(x.size)
+    return torch.from_numpy(tokens), torch.from_numpy(positions)
 
 
 def row_groups(counts: IntArray, most: int) -> list[IntArray]:
