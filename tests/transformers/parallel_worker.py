@@ -22,10 +22,13 @@ def answer(model: torch.nn.Module) -> dict[str, object]:
     drawn = hydragen.generate(
         model, PREFIX, QUESTIONS, num_return_sequences=2, do_sample=True, seed=1, **options
     )
+    # Without a seed each process would draw its own.
+    free = hydragen.generate(model, PREFIX, num_return_sequences=3, do_sample=True, **options)
     cache = PrefixCache(model).prefill(PREFIX)
     return {
         "tokens": [one.token_ids for one in greedy + drawn],
         "logprobs": [one.logprobs for one in greedy + drawn],
+        "free": [one.token_ids for one in free],
         "kv_heads": cache.layers[0].keys.shape[1],
     }
 
@@ -34,7 +37,12 @@ if __name__ == "__main__":
     loaded = AutoModelForCausalLM.from_pretrained(
         sys.argv[1], attn_implementation="hydragen", tp_plan="auto", dtype=torch.float32
     )
+    torch.manual_seed(torch.distributed.get_rank())
     found = answer(loaded.eval())
+    of_all = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_all, found["free"])
+    if of_all != [found["free"]] * len(of_all):
+        raise SystemExit(f"processes drew different tokens: {of_all}")
     if torch.distributed.get_rank() == 0:
         sys.stdout.write(f"ANSWER {json.dumps(found)}\n")
     torch.distributed.destroy_process_group()

@@ -15,7 +15,7 @@ from hydragen.transformers import attention, plans
 
 @pytest.mark.triton
 def test_the_kernels_give_the_references_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill by `hydragen.attention`, decode by a plan, for a tree of ragged prompts and a sliding window."""
+    """Prefill by `hydragen.attention`, decode by a plan, for a tree of prompts and a sliding window."""
     model = make_model("mistral", num_hidden_layers=1)
     options: dict[str, Any] = {"max_new_tokens": 3, "min_shared": 1, "logprobs": True}
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [[20, 21], [20]]]

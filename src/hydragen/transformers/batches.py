@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from hydragen.host_ints import IntArray, as_positive_int
 from hydragen.transformers.cache import PrefixCache
+from hydragen.transformers.parallel import smallest
 from hydragen.tree import PrefixTree
 
 # Sequences at a time where memory does not decide
@@ -81,7 +81,7 @@ def rows_at_a_time(batch_size: int | None, cache: PrefixCache, new_tokens: int, 
     device = model.device
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     rows = int(0.8 * (free - torch.cuda.memory_allocated(device)) / per_row)
-    return max(1, min(_MOST_ROWS, agreed(model, rows)))
+    return max(1, min(_MOST_ROWS, smallest(model, rows)))
 
 
 def bytes_per_token(cache: PrefixCache) -> int:
@@ -92,15 +92,6 @@ def bytes_per_token(cache: PrefixCache) -> int:
     pairs = pairs or [layer.kv()[-1] for layer in cache.layers]
     tensors = [x for pair in pairs for x in (pair if isinstance(pair, tuple) else (pair.k, pair.v))]
     return sum(x.shape[-2] * x.shape[-1] * x.element_size() for x in tensors)
-
-
-def agreed(model: PreTrainedModel, value: int) -> int:
-    """Return the smallest `value` of all processes that hold a part of the model."""
-    if getattr(model, "tp_size", None) in (None, 1) or not torch.distributed.is_initialized():
-        return value
-    smallest = torch.tensor(value, device=model.device)
-    torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-    return int(smallest)
 
 
 def _trunk(tree: PrefixTree) -> IntArray:

@@ -130,7 +130,10 @@ def measure_tree(
 
 def step_seconds(prefix: PrefixCache, case: Case) -> float:
     """Mean seconds of a decode step, over all steps after the warm-up."""
-    cache, device = prefix.fork(case.batch // prefix.num_rows), prefix.model.device
+    device = prefix.model.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the way before this one had
+    cache = prefix.fork(case.batch // prefix.num_rows)
     limits = np.full(case.batch, case.completion)
     with torch.no_grad():
         state = State.begin(limits, np.arange(case.batch), device)

@@ -14,6 +14,7 @@ from hydragen.host_ints import IntArray, as_positive_int
 from hydragen.transformers.batches import Prompts, rows_at_a_time
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.decode import decode
+from hydragen.transformers.parallel import of_the_first
 from hydragen.transformers.prompts import draw_seeds, join_levels, token_ids_of
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import max_positions
@@ -132,7 +133,7 @@ def stream(
     base = model if isinstance(model, PrefixCache) else PrefixCache(model)
     base.check_weights()
     ids = _checked_prompts(base, prompts, tokenizer, limit)
-    seeds = draw_seeds(seed, len(ids) * n).reshape(len(ids), n)
+    seeds = of_the_first(base.model, draw_seeds(seed, len(ids) * n)).reshape(len(ids), n)
     stop = stop_ids(base.model, stop_token_ids)
     size = rows_at_a_time(batch_size, base, limit, max(x.size for x in ids))
     hidden = None if progress is None else not progress
@@ -257,7 +258,7 @@ def continue_rows(
                 f"got {ends[row] - limits[row]} tokens; ask for fewer"
             )
     cache.extend(given)
-    seeds = draw_seeds(seed, size)
+    seeds = of_the_first(cache.model, draw_seeds(seed, size))
     done = decode(cache, limits, seeds, sampling, stop_ids(cache.model, stop_token_ids))
     return [
         Completion(
