@@ -118,7 +118,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
     prefix: Annotated[list[int] | None, typer.Option(help="Shared tokens; may be repeated.")] = None,
     completion: Annotated[int, typer.Option(min=4, help="New tokens per sequence.")] = 128,
-    out: Annotated[Path | None, typer.Option(help="Write the table as CSV, too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV; cases that it has are not measured again.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the table.")] = None,
     hf: Annotated[bool, typer.Option(help="Also measure transformers' own generate.")] = True,
     tree: Annotated[
@@ -135,32 +135,41 @@ def bench(
     """
     from hydragen.transformers.bench import (  # noqa: PLC0415
         Case,
+        append_csv,
         measure,
         measure_tree,
+        measured,
         table,
-        write_csv,
     )
 
     with told():
-        model = load_config(config, dtype, device)
-        label = name or (config.parent if config.is_file() else config).resolve().name
-        rows = []
+        loaded = load_config(config, dtype, device)
+        label = name or config_name(config)
+        done, heading = measured(out), True
         for tokens in prefix or [1024, 4096]:
             for size in batch or [32, 256]:
+                case = Case(label, size, tokens, completion)
                 if tree is not None:
-                    branches, _, tokens_each = tree.partition("x")
-                    case = Case(label, size, tokens, completion)
-                    both, first, off = measure_tree(model, case, int(branches), int(tokens_each))
-                    typer.echo(
-                        f"{label}: {size} answers, {tokens} + {tree} tokens: {both:,.0f} tokens/s with both "
-                        f"levels shared, {first:,.0f} with the first only ({first / both:.0%} of the time), "
-                        f"{off:,.0f} with attention off"
-                    )
-                    continue
-                rows.append(measure(model, Case(label, size, tokens, completion), hf=hf))
-                typer.echo(table(rows[-1:], heading=len(rows) == 1))
-        if out is not None and rows:
-            write_csv(rows, out)
+                    typer.echo(two_levels(measure_tree, loaded, case, tree))
+                elif case not in done:
+                    row = measure(loaded, case, hf=hf)
+                    typer.echo(table([row], heading))
+                    heading = False
+                    if out is not None:
+                        append_csv(row, out)
+
+
+def two_levels(measure_tree: Any, model: Any, case: Any, tree: str) -> str:
+    """Measure a tree like 8x2048 under the prefix, and say it in words."""
+    branches, cross, tokens = tree.partition("x")
+    if not (branches.isdigit() and cross and tokens.isdigit()):
+        raise ValueError(f"--tree must be like 8x2048, nodes x tokens, got {tree}")
+    both, first, off = measure_tree(model, case, int(branches), int(tokens))
+    return (
+        f"{case.model}: {case.batch} answers, {case.prefix} + {tree} tokens: {both:,.0f} tokens/s with both "
+        f"levels shared, {first:,.0f} with the first only ({first / both:.0%} of the time), {off:,.0f} with "
+        "attention off"
+    )
 
 
 @app.command()
@@ -182,6 +191,11 @@ class told:  # noqa: N801  (reads as a statement: with told():)
         if isinstance(error, ValueError | TypeError | OSError | MemoryError):
             typer.echo(f"hydragen: {error}", err=True)
             raise typer.Exit(2) from error
+
+
+def config_name(path: Path) -> str:
+    """Return what to call a model: its file, or the folder of its config.json."""
+    return path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
 
 
 def load(path: str, dtype: Dtype, device: str) -> Any:

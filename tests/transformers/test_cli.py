@@ -149,6 +149,15 @@ def test_bench(model_folder: Path, tmp_path: Path) -> None:
         ("small", "2", "30"),
     ]
     assert all(float(row[name]) > 0 for row in rows for name in ("ours", "attention_off", "hf_generate"))
+    again = run(
+        "bench", "--config", model_folder, "--batch", 2, "--prefix", 20, "--out", out, "--completion", 6
+    )
+    assert again.exit_code == 0
+    assert len(out.read_text().splitlines()) == 4, "another name is another case"
+    again = run(
+        "bench", "--config", model_folder, "--batch", 2, "--prefix", 20, "--out", out, "--completion", 6
+    )
+    assert again.output == ""
     # The roof of a CPU is not known.
     assert {row["bound"] for row in rows} == {""}
 

@@ -237,15 +237,25 @@ def table(rows: Sequence[Row], heading: bool = True) -> str:
     return "\n".join(lines)
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write the table; empty where a way does not fit."""
+def append_csv(row: Row, path: Path) -> None:
+    """Add a line to the table; empty where a way does not fit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in rows:
-            values = [getattr(row, name) for name in COLUMNS]
-            writer.writerow(["" if x is None else f"{x:.1f}" if isinstance(x, float) else x for x in values])
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        values = [getattr(row, name) for name in COLUMNS]
+        writer.writerow(["" if x is None else f"{x:.1f}" if isinstance(x, float) else x for x in values])
+
+
+def measured(path: Path | None) -> set[Case]:
+    """Return the cases that a table has."""
+    if path is None or not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {Case(x["model"], int(x["batch"]), int(x["prefix"]), int(x["completion"])) for x in rows}
 
 
 def _or_dash(x: float | None) -> str:
