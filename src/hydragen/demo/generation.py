@@ -24,9 +24,9 @@ from hydragen.demo.workload import NUM_QUESTIONS, QUESTION_BYTES, build_sequence
 from hydragen.transformers import PrefixCache
 
 # The system text and the chapter's beginning, then the question: short enough for a CPU without sharing.
-CHAPTER_BYTES = 2048
+CHAPTER_BYTES = 1024
 NEW_TOKENS = 32
-COUNTS = (4, 16, NUM_QUESTIONS)
+COUNTS = (8, 32, NUM_QUESTIONS)
 # Logits that are this close may change places by rounding: a difference there is counted, and shown.
 NEAR_TIE = 1e-3
 
