@@ -10,11 +10,12 @@ import subjects
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from subjects import problems
 
 import hydragen
 from hydragen.testing import Inputs, Problem, assert_within_budget, laws, view
-from hydragen.testing.views import KV_LAYOUTS, MEMORY, View
+from hydragen.testing.adapters.ours import attend
+from hydragen.testing.conformance.subject import problems
+from hydragen.testing.views import KV_LAYOUTS, MEMORY
 
 
 @pytest.fixture(params=subjects.backends(), scope="module")
@@ -42,7 +43,7 @@ def test_every_layout_matches_the_oracle(backend, problem, kv_layout, spare, mem
         made = view(problem, inputs, kv_layout, spare=spare, memory=memory)
         if lens_on_device and made.kv_lens is not None:
             made = replace(made, kv_lens=on_device(made.kv_lens, subjects.device_of(backend)))
-        return subjects.attend(problem, inputs, made, backend)
+        return attend(problem, inputs, made, backend=backend)
 
     laws.matches_oracle(implementation, problem)
 
@@ -75,7 +76,7 @@ def test_levels_of_equal_groups_need_no_tree(backend, problem) -> None:
     def implementation(problem: Problem, inputs: Inputs) -> Any:
         inputs = inputs.to(subjects.device_of(backend))
         made = problem.as_levels(inputs)
-        return subjects.attend(problem, inputs, replace(made, tree=None), backend)
+        return attend(problem, inputs, replace(made, tree=None), backend=backend)
 
     laws.matches_oracle(implementation, problem)
 
@@ -92,7 +93,7 @@ def test_packed_rows_without_a_tree_share_nothing(backend, problem) -> None:
 
     def implementation(problem: Problem, inputs: Inputs) -> Any:
         inputs = inputs.to(subjects.device_of(backend))
-        return subjects.attend(problem, inputs, replace(problem.as_packed(inputs), tree=None), backend)
+        return attend(problem, inputs, replace(problem.as_packed(inputs), tree=None), backend=backend)
 
     laws.matches_oracle(implementation, problem)
 
@@ -110,17 +111,13 @@ def test_float64_is_computed_in_float64(problem) -> None:
 @given(problems())
 def test_out_alone_is_the_same_out(backend, problem) -> None:
     inputs = problem.tensors(subjects.device_of(backend))
-    made: View = problem.as_packed(inputs)
+    made = problem.as_packed(inputs)
     out = hydragen.attention(
         made.q,
         made.kv,
         tree=made.tree,
         cu_seqlens_q=made.cu_seqlens_q,
-        scale=problem.scale,
-        causal=problem.causal,
-        window=problem.window,
-        softcap=problem.softcap,
-        sinks=inputs.sinks,
         backend=backend,
+        **problem.options(inputs),
     )
     assert_within_budget(problem, out)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import hydragen
 from hydragen.testing import Inputs, Problem, assert_within_budget, view
+from hydragen.testing.adapters import ours
 
 
 def attend(
@@ -23,20 +23,7 @@ def attend(
     """Return `out` and `lse` as [total_q, ...]; `arguments` replace what the problem says."""
     given = (problem.tensors() if inputs is None else inputs).to(device)
     seen = view(problem, given, layout, spare=spare, memory=memory)
-    call = {
-        "tree": seen.tree,
-        "kv_lens": seen.kv_lens,
-        "cu_seqlens_q": seen.cu_seqlens_q,
-        "scale": problem.scale,
-        "causal": problem.causal,
-        "window": problem.window,
-        "softcap": problem.softcap,
-        "sinks": given.sinks,
-        "return_lse": True,
-        "backend": backend,
-    }
-    state = hydragen.attention(seen.q, seen.kv, **{**call, **arguments})
-    return seen.packed(state.out), seen.packed(state.lse)
+    return ours.attend(problem, given, seen, backend=backend, **arguments)
 
 
 def check(

@@ -12,6 +12,7 @@ import torch
 import hydragen
 from hydragen import api
 from hydragen.testing import Inputs, Problem, assert_within_budget, planted, run
+from hydragen.testing.adapters.ours import triton
 from hydragen.testing.bounds import checked_accesses
 
 pytestmark = [
@@ -132,24 +133,9 @@ BUGS = {
 }
 
 
-def implementation(problem: Problem, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    made = problem.as_packed(inputs)
+def implementation(problem: Problem, inputs: Inputs) -> hydragen.AttentionState:
     with checked_accesses():  # a bug that reads or writes elsewhere is caught, and does not end the process
-        state = hydragen.attention(
-            made.q,
-            made.kv,
-            tree=made.tree,
-            cu_seqlens_q=made.cu_seqlens_q,
-            scale=problem.scale,
-            causal=problem.causal,
-            window=problem.window,
-            softcap=problem.softcap,
-            sinks=inputs.sinks,
-            return_lse=True,
-            backend="triton",
-        )
-    assert isinstance(state, hydragen.AttentionState)
-    return state
+        return triton(problem, inputs)
 
 
 @pytest.fixture(autouse=True)

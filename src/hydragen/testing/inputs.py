@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hydragen.testing.pages import Pages
 from hydragen.testing.problem import Problem
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class Inputs:
         Offsets of the nodes in ``k`` and ``v``, int32 ``[num_nodes + 1]``, on the CPU.
     sinks
         Logits ``[num_q_heads]``, float32 (float64 for float64 inputs), or None.
+    pages
+        Where keys and values are instead, if they are paged (`hydragen.testing.pages`): ``k`` and ``v`` are
+        NaN then.
     """
 
     q: Tensor
@@ -63,19 +67,23 @@ class Inputs:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     sinks: Tensor | None = None
+    pages: Pages | None = None
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same values with the same strides on a device; the offsets stay on the CPU."""
         if self.q.device.type == torch.device(device).type:
             return self
         q, k, v = (_copy(tensor, device) for tensor in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v, sinks=None if self.sinks is None else self.sinks.to(device))
+        sinks = None if self.sinks is None else self.sinks.to(device)
+        pages = None if self.pages is None else self.pages.to(device)
+        return replace(self, q=q, k=k, v=v, sinks=sinks, pages=pages)
 
     def clone(self) -> Inputs:
         """A copy that shares no memory; strides are kept, gaps between elements are NaN."""
         sinks = None if self.sinks is None else self.sinks.clone()
         q, k, v = (_copy(tensor, tensor.device) for tensor in (self.q, self.k, self.v))
-        return Inputs(q, k, v, self.cu_seqlens_q.clone(), self.cu_seqlens_k.clone(), sinks)
+        pages = None if self.pages is None else self.pages.clone()
+        return Inputs(q, k, v, self.cu_seqlens_q.clone(), self.cu_seqlens_k.clone(), sinks, pages)
 
     def with_memory(self, memory: Memory) -> Inputs:
         """The same values with other strides; see `hydragen.testing.views.restride`."""

@@ -11,7 +11,7 @@ An implementation is a function ``(problem, inputs) -> out`` or ``(problem, inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from hydragen.testing.budget import Oracle, RowBudget, compute_budgets, compute_oracle, errors
 from hydragen.testing.inputs import Inputs
 from hydragen.testing.problem import Problem
+from hydragen.testing.tally import saw_result, saw_run
 
 Implementation: TypeAlias = Callable[[Problem, Inputs], Tensor | tuple[Tensor, Tensor | None]]
 """``out`` [total_q, num_q_heads, head_dim_v] and, if it has one, ``lse`` [total_q, num_q_heads]."""
@@ -46,10 +47,10 @@ def run(
     __tracebackhide__ = True
     given = problem.tensors() if inputs is None else inputs
     lent = given.clone()
+    saw_run(problem)
     result = implementation(problem, lent)
-    for name in ("q", "k", "v", "sinks"):
-        before, after = getattr(given, name), getattr(lent, name)
-        if before is not None and bool(errors(after, before).any()):
+    for name, before, after in _tensors(given, lent):
+        if bool(errors(after, before).any()):
             raise AssertionError(f"{name} was modified by the implementation\n{_about(problem)}")
     out, lse = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     for name, value in (("out", out), ("lse", lse)):
@@ -59,6 +60,15 @@ def run(
                 f"got {type(value).__name__} for {name}"
             )
     return out.detach().cpu(), None if lse is None else lse.detach().cpu()
+
+
+def _tensors(given: Inputs, lent: Inputs) -> Iterator[tuple[str, Tensor, Tensor]]:
+    yield from (("q", given.q, lent.q), ("k", given.k, lent.k), ("v", given.v, lent.v))
+    if given.sinks is not None and lent.sinks is not None:
+        yield "sinks", given.sinks, lent.sinks
+    if given.pages is not None and lent.pages is not None:
+        yield "k_cache", given.pages.k_cache, lent.pages.k_cache
+        yield "v_cache", given.pages.v_cache, lent.pages.v_cache
 
 
 def oracle(problem: Problem, inputs: Inputs | None = None) -> Oracle:
@@ -122,9 +132,14 @@ def assert_within_budget(
     _assert_like("out", out, problem.dtype, expected_out.shape, about)
     if lse is not None:
         _assert_like("lse", lse, state_dtype, expected_lse.shape, about)
-    _assert_close("out", problem, out.detach().cpu(), expected_out, budgets, about)
+    verdicts = {"out": _compare("out", problem, out.detach().cpu(), expected_out, budgets)}
     if lse is not None:
-        _assert_close("lse", problem, lse.detach().cpu(), expected_lse, budgets, about)
+        verdicts["lse"] = _compare("lse", problem, lse.detach().cpu(), expected_lse, budgets)
+    failures = [failure for _, failure in verdicts.values() if failure]
+    ratios = {name: ratio for name, (ratio, _) in verdicts.items()}
+    saw_result(problem, ratios, failures[0].partition("\n")[0] if failures else "")
+    if failures:
+        raise AssertionError(f"{failures[0]}\n{about}")
 
 
 def _assert_like(name: str, got: Tensor, dtype: torch.dtype, shape: torch.Size, about: str) -> None:
@@ -135,32 +150,33 @@ def _assert_like(name: str, got: Tensor, dtype: torch.dtype, shape: torch.Size, 
         raise AssertionError(f"{name}.shape is {tuple(got.shape)}, but should be {tuple(shape)}\n{about}")
 
 
-def _assert_close(
-    name: str, problem: Problem, got: Tensor, expected: Tensor, budgets: list[RowBudget], about: str
-) -> None:
-    __tracebackhide__ = True
+def _compare(
+    name: str, problem: Problem, got: Tensor, expected: Tensor, budgets: list[RowBudget]
+) -> tuple[float, str]:
+    """Largest error as a multiple of its budget, and what to say if that is more than 1."""
     row_of_token = torch.repeat_interleave(torch.arange(problem.num_rows), torch.tensor(problem.q_lens))
     allowed_in_row = torch.tensor([getattr(row, name) for row in budgets], dtype=torch.float64)
     allowed = allowed_in_row[row_of_token].reshape(-1, *[1] * (got.dim() - 1)).expand(got.shape)
     error = errors(got, expected)
+    # a budget of 0 (nothing to attend to) is kept by an error of 0
+    ratio = torch.where(error <= allowed, (error / allowed).nan_to_num(nan=0.0), error / allowed)
+    worst = int(ratio.argmax())
+    largest_ratio = float(ratio.flatten()[worst])
     outside = ~(error <= allowed)
     if not bool(outside.any()):
-        return
-    ratio = (error / allowed).masked_fill(~outside, 0.0)
-    worst = int(ratio.argmax())
+        return largest_ratio, ""
     token, head, *dim = (int(index) for index in torch.unravel_index(torch.tensor(worst), got.shape))
     row = int(row_of_token[token])
     query = token - sum(problem.q_lens[:row])
     where = f"row {row}, query {query}, head {head}" + (f", dim {dim[0]}" if dim else "")
     place = (token, head, *dim)
-    raise AssertionError(
+    return largest_ratio, (
         f"{name} is outside of the error budget at {where}\n"
         f"  got       {float(got[place]):.9g}\n"
         f"  expected  {float(expected[place]):.9g}\n"
-        f"  error     {float(error[place]):.3g} = {float(ratio[place]):.3g} x the budget\n"
+        f"  error     {float(error[place]):.3g} = {largest_ratio:.3g} x the budget\n"
         f"  budget    {float(allowed[place]):.3g} = {budgets[row].explain(name)}\n"
-        f"  extent    {int(outside.sum())} of {outside.numel()} values outside\n"
-        f"{about}"
+        f"  extent    {int(outside.sum())} of {outside.numel()} values outside"
     )
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from hydragen.testing import transforms
 from hydragen.testing.budget import errors
 from hydragen.testing.judge import Implementation, assert_within_budget, budget, oracle, run
+from hydragen.testing.pages import in_pages
 from hydragen.testing.problem import Problem
+from hydragen.testing.tally import saw_result
 from hydragen.testing.transforms import Case
 from hydragen.testing.views import Memory
 
@@ -102,6 +104,15 @@ def strides_change_nothing(implementation: Implementation, problem: Problem, mem
     _expect_unchanged(implementation, problem, case, f"{memory} tensors change nothing")
 
 
+def paging_changes_nothing(
+    implementation: Implementation, problem: Problem, page_size: int, seed: int = 0
+) -> None:
+    """Pages of any size in any order may hold keys and values; for who reads ``inputs.pages``."""
+    __tracebackhide__ = True
+    case = (problem, in_pages(problem, problem.tensors(), page_size, seed))
+    _expect_unchanged(implementation, problem, case, f"pages of {page_size} tokens change nothing")
+
+
 def shifting_keys_shifts_lse(implementation: Implementation, problem: Problem, seed: int = 0) -> None:
     """A constant vector added to every key leaves ``out`` as it is and moves ``lse`` as it moves the logits.
 
@@ -157,6 +168,7 @@ def runs_give_the_same_bits(implementation: Implementation, problem: Problem) ->
     __tracebackhide__ = True
     inputs = problem.tensors()
     first, second = run(implementation, problem, inputs), run(implementation, problem, inputs)
+    saw_result(problem, {}, "")
     for name, one, other in zip(("out", "lse"), first, second, strict=True):
         _assert_same_bits(name, one, other, f"two runs give the same bits\n  {problem!r}")
 

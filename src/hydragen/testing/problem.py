@@ -10,7 +10,7 @@ import dataclasses
 import math
 import numbers
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -168,6 +168,16 @@ class Problem:
     def path_len(self, row: int) -> int:
         """KV tokens along the path of a row."""
         return sum(self.kv_lens[node] for node in self.path(row))
+
+    def options(self, inputs: Inputs) -> dict[str, Any]:
+        """What ``hydragen.attention`` is to do with the tensors: scale, masks, cap and sinks, by name."""
+        return {
+            "scale": self.scale,
+            "causal": self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": inputs.sinks,
+        }
 
     def tensors(self, device: torch.device | str = "cpu") -> Inputs:
         """Queries, keys, values and sinks, the same for the same problem on every device."""

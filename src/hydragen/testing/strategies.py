@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Collection, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from hypothesis import strategies as st
@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from hydragen.testing.problem import DTYPES, MAX_HEAD_DIM, SHARPNESS, Problem, Sharpness
 
 _T = TypeVar("_T")
+
+Trees = Literal["any", "prefix", "none"]
+"""Any forest; one prefix under which each row has a segment of its own; rows that share nothing."""
 
 GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 HEAD_DIMS = (1, 2, 3, 5, 8, 16, 31, 32, 33, 64, 80, 96, 128, 129, 192, 256)
@@ -41,6 +44,8 @@ def problems(
     max_rows: int = 8,
     max_q_len: int = 6,
     max_kv: int = 150,
+    trees: Trees = "any",
+    same_q_len: bool = False,
     causal: bool | None = None,
     window: bool | None = None,
     softcap: bool | None = None,
@@ -56,7 +61,13 @@ def problems(
     same_head_dim_v
         Only problems with ``head_dim_v == head_dim``.
     max_kv_heads, max_nodes, max_rows, max_q_len, max_kv
-        The most KV heads, segments, rows, queries of a row and KV tokens of a segment.
+        The most KV heads, segments, rows, queries of a row and KV tokens of a segment. ``max_nodes`` holds
+        for ``trees="any"`` only: otherwise each row has a segment.
+    trees
+        ``"any"`` forest; ``"prefix"``: one segment that all rows share and one for each row; ``"none"``: row
+        i attends to node i alone.
+    same_q_len
+        Only problems whose rows have equally many queries.
     causal, window, softcap, scale, sinks
         Whether the option is given: None for either, True for always, False for never.
 
@@ -73,6 +84,7 @@ def problems(
     _check_choices("sharpness", sharpness, SHARPNESS)
     _check_choices("head_dims", head_dims, range(1, MAX_HEAD_DIM + 1))
     _check_choices("group_sizes", group_sizes, range(1, 1025))
+    _check_choices("trees", (trees,), get_args(Trees))
     for name, limit, low in (
         ("max_kv_heads", max_kv_heads, 1),
         ("max_nodes", max_nodes, 1),
@@ -89,7 +101,10 @@ def problems(
     return _problems(
         nodes=_some(st.tuples(_codes, lengths(max_kv)), max_nodes),
         rows=_some(st.tuples(_codes, st.integers(1, max_q_len)), max_rows),
+        max_rows=max_rows,
         max_q_len=max_q_len,
+        trees=trees,
+        same_q_len=same_q_len,
         dtypes=dtypes,
         sharpness=sharpness,
         head_dims=head_dims,
@@ -136,7 +151,10 @@ def _problems(
     *,
     nodes: st.SearchStrategy[list[tuple[int, int]]],
     rows: st.SearchStrategy[list[tuple[int, int]]],
+    max_rows: int,
     max_q_len: int,
+    trees: Trees,
+    same_q_len: bool,
     dtypes: Sequence[torch.dtype],
     sharpness: Sequence[Sharpness],
     head_dims: Sequence[int],
@@ -154,9 +172,18 @@ def _problems(
 
     drawn_nodes, drawn_rows = draw(nodes), draw(rows)
     topology, ends, hollow, queries = draw(_styles)
+    if topology == "roots" and ends == "leaves":
+        ends = "each"  # sequences that share nothing, as often as those that share everything
+    if trees != "any":
+        # a segment for each row, and one above them: lengths are used again where too few were drawn
+        wanted = len(drawn_rows) + (trees == "prefix")
+        drawn_nodes = (drawn_nodes * wanted)[:wanted]
+        topology, ends = ("star" if trees == "prefix" else "roots"), "each"
     parents = _parents([code for code, _ in drawn_nodes], topology)
     if ends == "each":
         drawn_rows = drawn_rows[: len(_leaves(parents))]
+    if ends == "crowd":
+        drawn_rows = (drawn_rows * 2)[:max_rows]
     row_to_node = _ends([code for code, _ in drawn_rows], parents, ends)
     kv_lens = [kv_len for _, kv_len in drawn_nodes]
     _hollow_out(kv_lens, parents, row_to_node[0], hollow)
@@ -171,7 +198,7 @@ def _problems(
         q_lens = [num_q_heads] * len(q_lens)
     elif queries == "one":
         q_lens = [1] * len(q_lens)
-    elif queries == "uniform":
+    elif queries == "uniform" or same_q_len:
         q_lens = q_lens[:1] * len(q_lens)
 
     head_dim = choose(head_dims)
@@ -232,8 +259,10 @@ def _ends(codes: Sequence[int], parents: Sequence[int], ends: str) -> list[int]:
     if ends == "leaves":
         return [leaves[code % len(leaves)] for code in codes]
     if ends == "crowd":
-        # A multiple of 3 goes its own way: one huge group beside tiny ones.
-        return [(code if code % 3 == 0 else codes[0]) % len(parents) for code in codes]
+        # A huge group and a tiny one: all at one node but the last row, which ends at another.
+        crowded, others = codes[0] % len(parents), len(parents) - 1
+        away = (crowded + 1 + codes[-1] % max(others, 1)) % len(parents)
+        return [*[crowded] * (len(codes) - 1), away]
     if ends == "each":
         return leaves[: len(codes)]
     return [code % len(parents) for code in codes]

@@ -1,0 +1,1 @@
+"""Implementations behind the suite's interface, ready for ``--implementation`` and to be copied from."""

@@ -1,0 +1,231 @@
+"""What an implementation can do: the suite tests that, all of it, and nothing else.
+
+Said by the function itself (``fn.capabilities = {"causal": False, "head_dims": (64, 128)}``), in the pytest
+configuration (``hydragen_capabilities``, one ``name=value`` a line) or by ``--capability name=value``; the
+latter two use the same text. Later ones win.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from hypothesis import strategies as st
+
+from hydragen.testing import strategies
+from hydragen.testing.problem import DTYPES, SHARPNESS, Problem, Sharpness
+from hydragen.testing.strategies import GROUP_SIZES, HEAD_DIMS, Trees
+
+Option = Literal["yes", "no", "always"]
+"""Whether an option of the call is known; ``always``: the implementation knows no call without it."""
+
+_OPTIONS: dict[object, Option] = {True: "yes", False: "no", "yes": "yes", "no": "no", "always": "always"}
+_GIVEN: dict[Option, bool | None] = {"yes": None, "no": False, "always": True}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an implementation can do; by default everything that a `Problem` may ask for, but pages.
+
+    Attributes
+    ----------
+    dtypes
+        Of queries, keys, values and output.
+    head_dims, same_head_dim_v
+        Sizes of a head, and whether values have the size of keys.
+    gqa, group_sizes
+        Whether several query heads may share a KV head, and how many.
+    trees
+        ``"any"`` forest; ``"prefix"``: one shared segment and one of its own for each row; ``"none"``:
+        nothing is shared, row i attends to node i.
+    paged
+        The function reads ``inputs.pages`` where it is not None; see `hydragen.testing.pages`.
+    strides
+        Tensors may lie in memory in any way.
+    same_q_len
+        All rows have equally many queries.
+    causal, window, softcap, scale, sinks
+        Whether the option is known; ``"always"``: no call without it.
+    lse
+        The log-sum-exp is returned as well. None: it is judged where it is returned.
+    repeatable
+        Two runs give the same bits.
+    sharpness
+        How logits may be spread (`hydragen.testing.inputs`).
+    max_kv_heads, max_nodes, max_rows, max_q_len, max_kv
+        The most KV heads, segments, rows, queries of a row and KV tokens of a segment.
+    device
+        Where the function wants its tensors; results may be on any device.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    head_dims: tuple[int, ...] = HEAD_DIMS
+    same_head_dim_v: bool = False
+    gqa: bool = True
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    trees: Trees = "any"
+    paged: bool = False
+    strides: bool = True
+    same_q_len: bool = False
+    causal: Option = "yes"
+    window: Option = "yes"
+    softcap: Option = "yes"
+    scale: Option = "yes"
+    sinks: Option = "yes"
+    lse: bool | None = None
+    repeatable: bool = True
+    sharpness: tuple[Sharpness, ...] = SHARPNESS
+    max_kv_heads: int = 2
+    max_nodes: int = 8
+    max_rows: int = 8
+    max_q_len: int = 6
+    max_kv: int = 150
+    device: str = "cpu"
+
+    def problems(self, **restrictions: Any) -> st.SearchStrategy[Problem]:
+        """Problems that the implementation can do, restricted further by arguments of `problems`."""
+        limits: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "dtypes",
+                "head_dims",
+                "same_head_dim_v",
+                "trees",
+                "same_q_len",
+                "sharpness",
+                "max_kv_heads",
+                "max_nodes",
+                "max_rows",
+                "max_q_len",
+                "max_kv",
+            )
+        }
+        limits["group_sizes"] = self.group_sizes if self.gqa else (1,)
+        for name in ("causal", "window", "softcap", "scale", "sinks"):
+            limits[name] = _GIVEN[getattr(self, name)]
+        return strategies.problems(**{**limits, **restrictions})
+
+    def changed(self, values: Mapping[str, object], source: str) -> Capabilities:
+        """The same with some of them replaced.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown or a value is not one of its kind; says where it came from.
+        """
+        changes = {}
+        for name, value in values.items():
+            if name not in _READERS:
+                raise ValueError(f"{source}: capability must be one of {', '.join(_READERS)}, got {name!r}")
+            try:
+                changes[name] = _READERS[name](value)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{source}: capability {name} cannot be {value!r}: {_reason(name, error)}"
+                ) from None
+        return dataclasses.replace(self, **changes)
+
+    def said(self) -> dict[str, str]:
+        """What differs from the default, as text that ``--capability`` takes."""
+        return {
+            field.name: _text(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+
+def parsed(settings: Sequence[str], source: str) -> dict[str, object]:
+    """``name=value`` texts as a mapping.
+
+    Raises
+    ------
+    ValueError
+        If a text has no ``=``.
+    """
+    values: dict[str, object] = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise ValueError(f"{source}: must be name=value, got {setting!r}; for example causal=no")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def _bool(value: object) -> bool:
+    known = {True: True, False: False, "yes": True, "no": False}
+    return known[value]
+
+
+def _items(value: object) -> list[Any]:
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _integers(value: object) -> tuple[int, ...]:
+    return tuple(int(item) for item in _items(value))
+
+
+def _dtypes(value: object) -> tuple[torch.dtype, ...]:
+    return tuple(item if isinstance(item, torch.dtype) else _DTYPES[item] for item in _items(value))
+
+
+def _trees(value: object) -> Trees:
+    known: dict[object, Trees] = {name: name for name in get_args(Trees)}
+    return known[value]
+
+
+def _sharpness(value: object) -> tuple[Sharpness, ...]:
+    known = {name: name for name in SHARPNESS}
+    return tuple(known[item] for item in _items(value))
+
+
+def _option(value: object) -> Option:
+    return _OPTIONS[value]
+
+
+def _lse(value: object) -> bool | None:
+    return None if value is None else _bool(value)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "dtypes": _dtypes,
+    "head_dims": _integers,
+    "same_head_dim_v": _bool,
+    "gqa": _bool,
+    "group_sizes": _integers,
+    "trees": _trees,
+    "paged": _bool,
+    "strides": _bool,
+    "same_q_len": _bool,
+    **dict.fromkeys(("causal", "window", "softcap", "scale", "sinks"), _option),
+    "lse": _lse,
+    "repeatable": _bool,
+    "sharpness": _sharpness,
+    **dict.fromkeys(("max_kv_heads", "max_nodes", "max_rows", "max_q_len", "max_kv"), int),
+    "device": str,
+}
+
+
+def _reason(name: str, error: Exception) -> str:
+    if not isinstance(error, KeyError):
+        return f"{error}; see its description"
+    choices = {
+        "dtypes": ", ".join(_DTYPES),
+        "trees": ", ".join(get_args(Trees)),
+        "sharpness": ", ".join(SHARPNESS),
+    }
+    options = "yes, no, always" if _READERS[name] is _option else "yes, no"
+    return f"choose from {choices.get(name, options)}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_text(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value).removeprefix("torch.")

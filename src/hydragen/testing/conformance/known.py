@@ -1,0 +1,126 @@
+"""What an implementation is known to do wrong: a file that its owner keeps, strict in both directions.
+
+::
+
+    [[fails]]          # a law that does not hold: it must fail as long as it stands here
+    law = "two_runs_give_the_same_bits"
+    reason = "atomics in the combine, issue 12"
+
+    [[fails]]          # problems that come out wrong: no law draws them, and one must still fail
+    when = "problem.softcap and problem.window"
+    reason = "softcap ignored with a window, issue 31"
+
+    [[skips]]          # a law or problems that are not tested at all
+    when = "0 in problem.kv_lens"
+    reason = "empty segments are documented as undefined"
+
+``when`` is a Python expression of ``problem`` (`hydragen.testing.Problem`) and ``torch``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+
+from hydragen.testing.problem import Problem
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A law or a kind of problem, and why it is here."""
+
+    reason: str
+    fails: bool
+    law: str | None = None
+    when: str | None = None
+    code: CodeType | None = None
+
+    def applies(self, problem: Problem) -> bool:
+        """Whether the problem is of this entry's kind."""
+        if self.code is None:
+            return False
+        # the file belongs to whoever runs the suite, like a conftest.py
+        return bool(eval(self.code, {"problem": problem, "torch": torch}))
+
+
+@dataclass(frozen=True)
+class Known:
+    """All entries of a file."""
+
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def problems(self) -> tuple[Entry, ...]:
+        """Entries about problems, which are left out of the laws."""
+        return tuple(entry for entry in self.entries if entry.code is not None)
+
+    @property
+    def failing_problems(self) -> tuple[Entry, ...]:
+        """Entries about problems that must still fail."""
+        return tuple(entry for entry in self.problems if entry.fails)
+
+    def allows(self, problem: Problem) -> bool:
+        """Whether no entry is about this problem."""
+        return not any(entry.applies(problem) for entry in self.problems)
+
+    def law(self, name: str) -> Entry | None:
+        """The entry about a law, if there is one."""
+        return next((entry for entry in self.entries if entry.law == name), None)
+
+    def check_laws(self, names: Collection[str]) -> None:
+        """Raise ValueError if an entry names a law that there is not."""
+        for entry in self.entries:
+            if entry.law is not None and entry.law not in names:
+                raise ValueError(
+                    f"known failures: law must be one of {', '.join(sorted(names))}, got {entry.law!r}"
+                )
+
+
+def read(path: Path) -> Known:
+    """Entries of a TOML file.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read, or an entry is not as described above; says which.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"known failures: {path} cannot be read: {error}") from None
+    unknown = set(tables) - {"fails", "skips"}
+    if unknown:
+        raise ValueError(f"known failures: tables must be fails or skips, got {sorted(unknown)} in {path}")
+    return Known(
+        tuple(
+            _entry(item, f"{path}, {kind}[{number}]", kind == "fails")
+            for kind in ("fails", "skips")
+            for number, item in enumerate(tables.get(kind, []))
+        )
+    )
+
+
+def _entry(item: Any, where: str, fails: bool) -> Entry:
+    if not isinstance(item, dict) or not all(isinstance(value, str) for value in item.values()):
+        raise ValueError(f"known failures: {where} must be a table of strings, got {item!r}")
+    if set(item) not in ({"law", "reason"}, {"when", "reason"}) or not item["reason"].strip():
+        raise ValueError(
+            f"known failures: {where} must have a reason and either law or when, got {sorted(item)}"
+        )
+    if "law" in item:
+        return Entry(item["reason"], fails, law=item["law"])
+    try:
+        code = compile(item["when"], where, "eval")
+        sample = Problem((-1,), (1,), (0,), (1,))
+        eval(code, {"problem": sample, "torch": torch})
+    except Exception as error:  # noqa: BLE001 - whatever an expression of theirs may raise
+        raise ValueError(
+            f"known failures: {where}: when must be an expression of problem, got {item['when']!r}: {error}"
+        ) from None
+    return Entry(item["reason"], fails, when=item["when"], code=code)

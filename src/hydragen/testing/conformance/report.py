@@ -1,0 +1,192 @@
+"""What the suite found: a table at the end of the run, and the same as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from hydragen.testing.conformance.subject import Session, session
+from hydragen.testing.tally import Tally
+
+HELD, FAILED, KNOWN, SKIPPED = "held", "FAILED", "known to fail", "not tested"
+
+
+@dataclass
+class Law:
+    """One law for one implementation."""
+
+    name: str
+    law: str
+    outcome: str
+    seconds: float
+    tally: Tally
+    reason: str = ""
+    problem: str = ""
+    where: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: infinity is not a number there."""
+        seen = self.tally.as_dict()
+        worst = {
+            dtype: {name: ratio if math.isfinite(ratio) else "inf" for name, ratio in names.items()}
+            for dtype, names in seen["worst"].items()
+        }
+        return {
+            "law": self.law,
+            "test": self.name,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 3),
+            "cases": seen["cases"],
+            "worst_over_budget": worst,
+            "smallest_failing_problem": self.problem,
+            "where": self.where,
+        }
+
+
+@dataclass
+class Report:
+    """All laws of a run."""
+
+    laws: dict[str, Law] = field(default_factory=dict)
+
+    def add(self, report: pytest.TestReport, seen: dict[str, Any]) -> None:
+        """Count one phase of one test."""
+        if report.when == "setup" and report.outcome == "passed":
+            return
+        tally = Tally()
+        tally.merge(seen)
+        xfail = getattr(report, "wasxfail", None)
+        outcome = {"passed": HELD, "failed": FAILED, "skipped": SKIPPED if xfail is None else KNOWN}
+        reason = xfail or ""
+        if report.outcome == "skipped" and xfail is None and isinstance(report.longrepr, tuple):
+            reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        self.laws[report.nodeid] = Law(
+            seen["name"].removeprefix("test_"),
+            seen["law"],
+            outcome[report.outcome],
+            report.duration,
+            tally,
+            reason,
+            seen.get("problem", ""),
+            seen.get("where", ""),
+        )
+
+    def total(self) -> Tally:
+        """Of laws that hold: an error of a law that fails says nothing of the others."""
+        total = Tally()
+        for law in self.laws.values():
+            if law.outcome == HELD:
+                total.merge(law.tally.as_dict())
+        return total
+
+    def count(self, outcome: str) -> int:
+        """Laws with this outcome."""
+        return sum(law.outcome == outcome for law in self.laws.values())
+
+    def lines(self) -> list[str]:
+        """The table, and the smallest failing cases."""
+        dtypes = sorted({dtype for law in self.laws.values() for dtype in law.tally.worst})
+        width = max(len(law.name) for law in self.laws.values())
+        lines = [
+            f"{'law':{width}}  {'outcome':13} {'cases':>7}"
+            + "".join(f" {dtype:>9}" for dtype in dtypes)
+            + "  (worst error as a multiple of the budget)"
+        ]
+        for law in self.laws.values():
+            line = f"{law.name:{width}}  {law.outcome:13} {law.tally.cases:7,}"
+            line += "".join(f" {_ratio(law.tally, dtype):>9}" for dtype in dtypes)
+            lines.append(f"{line}  {law.reason}".rstrip())
+        total = self.total()
+        lines.append(
+            f"{self.count(HELD)} laws held, {self.count(FAILED)} failed, {self.count(KNOWN)} known to fail, "
+            f"{self.count(SKIPPED)} not tested; {total.cases:,} cases within the budget"
+            + "".join(f", {dtype} at most {_ratio(total, dtype)}" for dtype in sorted(total.worst))
+        )
+        for law in self.laws.values():
+            if law.outcome == FAILED and law.problem:
+                lines += ["", f"smallest failing case of {law.name}: {law.where}", f"  {law.problem}"]
+        return lines
+
+    def write(self, path: Path, config: pytest.Config) -> None:
+        """Write all of it as JSON."""
+        total = self.total()
+        content = {
+            **about_run(session, config),
+            "counts": {name: self.count(name) for name in (HELD, FAILED, KNOWN, SKIPPED)},
+            "cases": total.cases,
+            "worst_over_budget": total.as_dict()["worst"],
+            "laws": [law.as_dict() for law in self.laws.values()],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _ratio(tally: Tally, dtype: str) -> str:
+    ratios = tally.worst.get(dtype)
+    return f"{max(ratios.values()):.2f}" if ratios else ""
+
+
+def about_run(session: Session, config: pytest.Config) -> dict[str, Any]:
+    """What is tested, with what, where, and how to repeat it."""
+    profile = settings.get_current_profile_name()
+    seed = getattr(config.option, "hypothesis_seed", None)
+    examples = f"profile {profile}, {settings().max_examples} examples a law, "
+    known = session.known.entries
+    return {
+        "implementation": ", ".join(_with_version(subject.name) for subject in session.subjects),
+        "device": _device(session),
+        "versions": versions(),
+        "capabilities": session.capabilities.said(),
+        "examples": examples
+        + ("always the same" if settings().derandomize else f"repeat with --hypothesis-seed={seed}"),
+        "known failures": f"{len(known)} entries" if known else "",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result depends on, as far as it is installed."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "hypothesis": hypothesis.__version__,
+    }
+    for name in ("triton", "hydragen"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if module := sys.modules.get(name):
+                found[name] = str(getattr(module, "__version__", "unknown"))
+    return found
+
+
+def _device(session: Session) -> str:
+    device = session.capabilities.device
+    found = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        found = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return f"tensors on {device}; this machine: {found}"
+
+
+def _with_version(path: str) -> str:
+    """The implementation's name and the version of the package it is from, if it has one."""
+    top = path.partition(":")[0].partition(".")[0]
+    module = sys.modules.get(top)
+    version = getattr(module, "__version__", None)
+    if version is None:
+        names = importlib.metadata.packages_distributions().get(top, [])
+        version = importlib.metadata.version(names[0]) if names else None
+    return f"{path} {version}" if version else path

@@ -1,0 +1,134 @@
+"""The laws of exact attention (`hydragen.testing.laws`), each for every implementation under test.
+
+`needs` names the capabilities without which a law cannot be asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+
+from hydragen.testing import Implementation, Problem, laws
+from hydragen.testing.conformance.known import Entry
+from hydragen.testing.conformance.subject import problems, session
+from hydragen.testing.pages import PAGE_SIZES
+from hydragen.testing.views import MEMORY, Memory
+
+codes = st.integers(0, 10**6)  # reduced modulo the number of choices
+
+
+@pytest.mark.needs
+@given(problems())
+def test_out_and_lse_match_the_oracle(implementation: Implementation, problem: Problem) -> None:
+    laws.matches_oracle(implementation, problem)
+
+
+@pytest.mark.needs(trees=["any"])
+@given(problems(), codes, codes)
+def test_a_segment_may_be_cut_anywhere(
+    implementation: Implementation, problem: Problem, node: int, at: int
+) -> None:
+    node %= problem.num_nodes
+    laws.cutting_changes_nothing(implementation, problem, node, at % (problem.kv_lens[node] + 1))
+
+
+@pytest.mark.needs(trees=["any"])
+@given(problems(), codes)
+def test_an_empty_segment_changes_nothing(
+    implementation: Implementation, problem: Problem, node: int
+) -> None:
+    laws.empty_segments_change_nothing(implementation, problem, node % problem.num_nodes)
+
+
+@pytest.mark.needs(trees=["any"])
+@given(problems(), codes)
+def test_unsharing_changes_nothing(implementation: Implementation, problem: Problem, node: int) -> None:
+    laws.unsharing_changes_nothing(implementation, problem, node % problem.num_nodes)
+
+
+@pytest.mark.needs(trees=["any"])
+@given(problems())
+def test_a_tree_equals_its_flattening(implementation: Implementation, problem: Problem) -> None:
+    laws.flattening_changes_nothing(implementation, problem)
+
+
+@pytest.mark.needs
+@given(problems(), st.lists(codes, min_size=8, max_size=8))
+def test_permuting_rows_permutes_results(
+    implementation: Implementation, problem: Problem, keys: list[int]
+) -> None:
+    order = sorted(range(problem.num_rows), key=lambda row: keys[row % len(keys)])
+    laws.permuting_rows_permutes_results(implementation, problem, order)
+
+
+@pytest.mark.needs(trees=["any", "none"])
+@given(problems(), problems(max_nodes=3, max_rows=3))
+def test_unrelated_rows_change_nothing(
+    implementation: Implementation, problem: Problem, other: Problem
+) -> None:
+    if session.capabilities.same_q_len:
+        other = replace(other, q_lens=problem.q_lens[:1] * other.num_rows)
+    laws.unrelated_rows_change_nothing(implementation, problem, other)
+
+
+@pytest.mark.needs(strides=[True])
+@given(problems(), st.sampled_from(MEMORY))
+def test_strides_change_nothing(implementation: Implementation, problem: Problem, memory: Memory) -> None:
+    laws.strides_change_nothing(implementation, problem, memory)
+
+
+@pytest.mark.needs(paged=[True])
+@given(problems(), st.sampled_from(PAGE_SIZES), codes)
+def test_paging_changes_nothing(
+    implementation: Implementation, problem: Problem, page_size: int, seed: int
+) -> None:
+    laws.paging_changes_nothing(implementation, problem, page_size, seed)
+
+
+@pytest.mark.needs(softcap=["yes", "no"], sinks=["yes", "no"])
+@given(problems(softcap=False, sinks=False), st.integers(0, 2**16))
+def test_a_constant_added_to_all_keys_shifts_lse_only(
+    implementation: Implementation, problem: Problem, seed: int
+) -> None:
+    laws.shifting_keys_shifts_lse(implementation, problem, seed)
+
+
+@pytest.mark.needs
+@given(problems())
+def test_out_is_linear_in_v(implementation: Implementation, problem: Problem) -> None:
+    laws.out_is_linear_in_v(implementation, problem)
+
+
+@pytest.mark.needs(repeatable=[True])
+@given(problems())
+def test_two_runs_give_the_same_bits(implementation: Implementation, problem: Problem) -> None:
+    laws.runs_give_the_same_bits(implementation, problem)
+
+
+if session.known.failing_problems:
+
+    def test_known_failures_still_fail(implementation: Implementation, known_failure: Entry) -> None:
+        """A kind of problem that is listed as failing must fail, or leave the list."""
+
+        @settings(
+            phases=[Phase.generate],
+            database=None,
+            suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+        )
+        @given(session.capabilities.problems().filter(known_failure.applies))
+        def holds(problem: Problem) -> None:
+            laws.matches_oracle(implementation, problem)
+
+        try:
+            holds()
+        except Unsatisfiable:
+            pytest.fail(f"no problem was drawn for which {known_failure.when}: remove the entry, or widen it")
+        except Exception:  # noqa: BLE001 - whatever goes wrong is the failure that is listed
+            return
+        pytest.fail(
+            f"works now: {known_failure.when} ({known_failure.reason}): remove it from the known failures"
+        )
