@@ -1,0 +1,81 @@
+"""FlashInfer's MultiLevelCascadeAttentionWrapper, where it is installed: a prefix and suffixes, paged.
+
+The wrapper masks its last level only, so causal queries that stand in the prefix are outside of its scope, as
+its documentation says; it returns no log-sum-exp. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydragen.testing.inputs import Inputs
+from hydragen.testing.pages import paged
+from hydragen.testing.problem import Problem
+
+_PAGE_SIZE = 16
+_WORKSPACE_BYTES = 128 * 2**20
+
+
+@functools.cache
+def _wrapper() -> Any:
+    try:
+        import flashinfer  # noqa: PLC0415 - optional, and only for a GPU
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "this adapter needs the package flashinfer-python", name="flashinfer"
+        ) from error
+    workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    return flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace, "NHD")
+
+
+def attention(problem: Problem, inputs: Inputs) -> Tensor:
+    """``out`` for a prefix (node 0) and a suffix per row."""
+    if 0 in problem.kv_lens:
+        raise NotImplementedError("a segment has at least one page")
+    pages = inputs.pages or paged(problem, inputs, _PAGE_SIZE)
+    indptr = pages.page_indptr.tolist()
+    levels: list[list[Tensor]] = [[], [], [], []]
+    for nodes, q_indptr in (
+        ((0,), torch.tensor([0, problem.total_q])),
+        (problem.row_to_node, inputs.cu_seqlens_q),
+    ):
+        of_level = [pages.page_indices[indptr[node] : indptr[node + 1]] for node in nodes]
+        counts = torch.tensor([0, *(len(indices) for indices in of_level)]).cumsum(0)
+        last = [(problem.kv_lens[node] - 1) % pages.page_size + 1 for node in nodes]
+        tables = (q_indptr, counts, torch.cat(of_level), torch.tensor(last))
+        for level, table in zip(levels, tables, strict=True):
+            level.append(table.to("cuda", torch.int32))
+    wrapper = _wrapper()
+    wrapper.plan(
+        *levels,
+        problem.num_q_heads,
+        problem.num_kv_heads,
+        problem.head_dim,
+        pages.page_size,
+        causal=False,
+        sm_scale=problem.logit_scale,
+        logits_soft_cap=problem.softcap,
+        q_data_type=problem.dtype,
+        kv_data_type=problem.dtype,
+    )
+    out: Tensor = wrapper.run(inputs.q.contiguous(), (pages.k_cache, pages.v_cache))
+    return out
+
+
+attention.capabilities = {  # type: ignore[attr-defined]
+    "trees": "prefix",
+    "paged": True,
+    "dtypes": ("float16", "bfloat16"),
+    "head_dims": (64, 128, 256),
+    "same_head_dim_v": True,
+    "group_sizes": (1, 2, 4, 8),
+    "causal": False,
+    "window": False,
+    "sinks": False,
+    "lse": False,
+    "device": "cuda",
+}
