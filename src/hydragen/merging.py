@@ -69,6 +69,8 @@ def _checked(state: object, name: str) -> tuple[Tensor, Tensor]:
             f"{name} must be an AttentionState (out, lse) of tensors, got {type(state).__name__}; pass both"
         )
     out, lse = state
+    if any(x.is_nested or x.layout is not torch.strided for x in state):
+        raise TypeError(f"{name} must hold dense tensors, got a sparse or nested one; convert it to dense")
     if not out.is_floating_point() or lse.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must have a floating-point out and a float32 or float64 lse, got {out.dtype} and "

@@ -46,6 +46,7 @@ def problems(
     max_kv: int = 150,
     trees: Trees = "any",
     same_q_len: bool = False,
+    empty: bool = True,
     causal: bool | None = None,
     window: bool | None = None,
     softcap: bool | None = None,
@@ -68,6 +69,8 @@ def problems(
         i attends to node i alone.
     same_q_len
         Only problems whose rows have equally many queries.
+    empty
+        Whether segments may be empty.
     causal, window, softcap, scale, sinks
         Whether the option is given: None for either, True for always, False for never.
 
@@ -90,7 +93,7 @@ def problems(
         ("max_nodes", max_nodes, 1),
         ("max_rows", max_rows, 1),
         ("max_q_len", max_q_len, 1),
-        ("max_kv", max_kv, 0),
+        ("max_kv", max_kv, 0 if empty else 1),
     ):
         if limit < low:
             raise ValueError(f"{name} must be at least {low}, got {limit}")
@@ -105,6 +108,7 @@ def problems(
         max_q_len=max_q_len,
         trees=trees,
         same_q_len=same_q_len,
+        least=0 if empty else 1,
         dtypes=dtypes,
         sharpness=sharpness,
         head_dims=head_dims,
@@ -155,6 +159,7 @@ def _problems(
     max_q_len: int,
     trees: Trees,
     same_q_len: bool,
+    least: int,
     dtypes: Sequence[torch.dtype],
     sharpness: Sequence[Sharpness],
     head_dims: Sequence[int],
@@ -187,6 +192,7 @@ def _problems(
     row_to_node = _ends([code for code, _ in drawn_rows], parents, ends)
     kv_lens = [kv_len for _, kv_len in drawn_nodes]
     _hollow_out(kv_lens, parents, row_to_node[0], hollow)
+    kv_lens = [max(kv_len, least) for kv_len in kv_lens]
 
     num_kv_heads = draw(st.integers(1, max_kv_heads))
     q_lens = [q_len for _, q_len in drawn_rows]

@@ -48,6 +48,8 @@ class Capabilities:
         Tensors may lie in memory in any way.
     same_q_len
         All rows have equally many queries.
+    empty
+        Segments may be empty.
     causal, window, softcap, scale, sinks
         Whether the option is known; ``"always"``: no call without it.
     lse
@@ -71,6 +73,7 @@ class Capabilities:
     paged: bool = False
     strides: bool = True
     same_q_len: bool = False
+    empty: bool = True
     causal: Option = "yes"
     window: Option = "yes"
     softcap: Option = "yes"
@@ -96,6 +99,7 @@ class Capabilities:
                 "same_head_dim_v",
                 "trees",
                 "same_q_len",
+                "empty",
                 "sharpness",
                 "max_kv_heads",
                 "max_nodes",
@@ -202,6 +206,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "paged": _bool,
     "strides": _bool,
     "same_q_len": _bool,
+    "empty": _bool,
     **dict.fromkeys(("causal", "window", "softcap", "scale", "sinks"), _option),
     "lse": _lse,
     "repeatable": _bool,

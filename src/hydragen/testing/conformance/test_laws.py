@@ -27,7 +27,7 @@ def test_out_and_lse_match_the_oracle(implementation: Implementation, problem: P
     laws.matches_oracle(implementation, problem)
 
 
-@pytest.mark.needs(trees=["any"])
+@pytest.mark.needs(trees=["any"], empty=[True])
 @given(problems(), codes, codes)
 def test_a_segment_may_be_cut_anywhere(
     implementation: Implementation, problem: Problem, node: int, at: int
@@ -36,7 +36,7 @@ def test_a_segment_may_be_cut_anywhere(
     laws.cutting_changes_nothing(implementation, problem, node, at % (problem.kv_lens[node] + 1))
 
 
-@pytest.mark.needs(trees=["any"])
+@pytest.mark.needs(trees=["any"], empty=[True])
 @given(problems(), codes)
 def test_an_empty_segment_changes_nothing(
     implementation: Implementation, problem: Problem, node: int
@@ -44,7 +44,7 @@ def test_an_empty_segment_changes_nothing(
     laws.empty_segments_change_nothing(implementation, problem, node % problem.num_nodes)
 
 
-@pytest.mark.needs(trees=["any"])
+@pytest.mark.needs(trees=["any"], empty=[True])
 @given(problems(), codes)
 def test_unsharing_changes_nothing(implementation: Implementation, problem: Problem, node: int) -> None:
     laws.unsharing_changes_nothing(implementation, problem, node % problem.num_nodes)
