@@ -26,6 +26,7 @@ def capabilities() -> Capabilities:
     """Everything, as far as there is time for it."""
     if INTERPRETED:  # slow
         return Capabilities(
+            paged=True,
             head_dims=(16, 5, 33, 64),
             group_sizes=(1, 3, 4, 8),
             max_nodes=5,
@@ -34,8 +35,8 @@ def capabilities() -> Capabilities:
             max_kv=70,
         )
     if CUDA:  # every head_dim, dtype and option is another kernel to compile
-        return Capabilities(head_dims=(64, 128, 33, 1, 256), max_kv=600)
-    return Capabilities()
+        return Capabilities(paged=True, head_dims=(64, 128, 33, 1, 256), max_kv=600)
+    return Capabilities(paged=True)
 
 
 def device_of(backend: str) -> str:

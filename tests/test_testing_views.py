@@ -89,7 +89,12 @@ def test_restride_moves_values_and_poisons_the_gaps(shape, memory):
 @pytest.mark.parametrize("memory", MEMORY)
 def test_every_view_has_the_strides_asked_for(kv_layout, memory):
     made = view(PROBLEM, PROBLEM.tensors(), kv_layout, memory=memory)
-    k = made.kv.k if kv_layout == "packed" else made.kv[0][0]
+    k = {
+        "packed": lambda: made.kv.k,
+        "levels": lambda: made.kv[0][0],
+        "packed_levels": lambda: made.kv[0].k,
+        "paged": lambda: made.kv.k_cache,
+    }[kv_layout]()
     for tensor in (made.q, k):
         assert tensor.is_contiguous() == (memory == "contiguous")
         assert (tensor.stride(-1) == 2) == (memory == "interleaved")
@@ -97,8 +102,10 @@ def test_every_view_has_the_strides_asked_for(kv_layout, memory):
 
 def test_wrong_arguments_are_named():
     inputs = PROBLEM.tensors()
-    with pytest.raises(ValueError, match=r"kv_layout must be one of packed, levels, got 'paged'"):
-        view(PROBLEM, inputs, "paged")
+    with pytest.raises(
+        ValueError, match=r"kv_layout must be one of packed, levels, packed_levels, paged, got 'heaped'"
+    ):
+        view(PROBLEM, inputs, "heaped")
     with pytest.raises(ValueError, match="memory must be one of"):
         restride(inputs.q, "sideways")
     with pytest.raises(ValueError, match="spare must be at least 0, got -1"):

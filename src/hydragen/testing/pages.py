@@ -61,7 +61,7 @@ class Pages:
         )
 
 
-def paged(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0) -> Pages:
+def paged(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0, spare: int = 0) -> Pages:
     """Put a problem's keys and values into pages.
 
     Parameters
@@ -70,6 +70,8 @@ def paged(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0) -> Pa
         Tokens of a page, at least 1.
     seed
         Of the order in which pages are given out, and of how many belong to nobody.
+    spare
+        Tokens for which each node has room beyond its own.
 
     Raises
     ------
@@ -79,7 +81,7 @@ def paged(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0) -> Pa
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1, got {page_size}")
     rng = np.random.default_rng(seed)
-    counts = [-(-kv_len // page_size) for kv_len in problem.kv_lens]
+    counts = [-(-(kv_len + spare) // page_size) for kv_len in problem.kv_lens]
     indptr = np.append(0, np.cumsum(counts))
     used = int(indptr[-1])
     order = rng.permutation(used + int(rng.integers(1, 4)))

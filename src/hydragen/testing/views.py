@@ -1,4 +1,4 @@
-"""One problem, laid out for each interface: packed keys and values or padded levels, with any strides.
+"""One problem, laid out for each interface: keys and values packed, by level or in pages, with any strides.
 
 A view holds the arguments of ``hydragen.attention``. Memory that must not be read is NaN: the unused tail of
 each segment and the gaps between strided elements.
@@ -6,6 +6,7 @@ each segment and the gaps between strided elements.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from hydragen.testing.pages import PAGE_SIZES, paged
 from hydragen.testing.problem import Problem
 
 if TYPE_CHECKING:
-    from hydragen.kv import PackedKV
+    from hydragen.kv import KV, PackedKV
     from hydragen.testing.inputs import Inputs
     from hydragen.tree import PrefixTree
 
 Memory = Literal["contiguous", "sliced", "interleaved", "heads_first"]
 """Where a tensor's elements lie; see `restride`."""
 
-KVLayout = Literal["packed", "levels"]
+KVLayout = Literal["packed", "levels", "packed_levels", "paged"]
 """How keys and values are passed; see `view`."""
 
 MEMORY: tuple[Memory, ...] = get_args(Memory)
@@ -40,17 +42,18 @@ class View:
     q
         ``[batch, q_len, num_q_heads, head_dim]``, or packed ``[total_q, num_q_heads, head_dim]``.
     kv
-        A ``PackedKV``, or a list of ``(k, v)`` per level, each ``[nodes, len, num_kv_heads, head_dim]``.
+        A ``PackedKV`` or ``PagedKV`` of all nodes, or per level a pair ``(k, v)``, each ``[nodes, len,
+        num_kv_heads, head_dim]``, or a ``PackedKV``.
     tree
         Who shares which segment.
     kv_lens
-        Used tokens of each node, by node (packed) or by level; None if all memory is used.
+        Used tokens of each node, by node or by level; None if all memory is used.
     cu_seqlens_q
         Offsets of the rows in a packed ``q``, None for a batch.
     """
 
     q: Tensor
-    kv: PackedKV | list[tuple[Tensor, Tensor]]
+    kv: KV
     tree: PrefixTree
     kv_lens: list[int] | list[list[int]] | None
     cu_seqlens_q: Tensor | None
@@ -73,7 +76,8 @@ def view(
     Parameters
     ----------
     kv_layout
-        ``"packed"`` (`packed_view`) or ``"levels"`` (`levels_view`).
+        ``"packed"`` (`packed_view`), ``"levels"`` (`levels_view`), ``"packed_levels"`` (a ``PackedKV`` per
+        level) or ``"paged"`` (`paged_view`).
     spare
         Tokens of unused capacity after each segment, NaN-filled.
     memory
@@ -89,6 +93,10 @@ def view(
         return packed_view(problem, inputs, spare=spare, memory=memory)
     if kv_layout == "levels":
         return levels_view(problem, inputs, spare=spare, memory=memory)
+    if kv_layout == "packed_levels":
+        return packed_levels_view(problem, inputs, spare=spare, memory=memory)
+    if kv_layout == "paged":
+        return paged_view(problem, inputs, spare=spare, memory=memory)
     raise ValueError(f"kv_layout must be one of {', '.join(KV_LAYOUTS)}, got {kv_layout!r}")
 
 
@@ -115,10 +123,7 @@ def packed_view(problem: Problem, inputs: Inputs, *, spare: int = 0, memory: Mem
 
 
 def levels_view(problem: Problem, inputs: Inputs, *, spare: int = 0, memory: Memory | None = None) -> View:
-    """Padded levels: level d holds the nodes of depth d in index order; see `view` for the parameters.
-
-    Rows of equal ``q_len`` become a batch ``[batch, q_len, ...]``; ragged rows stay packed.
-    """
+    """Padded levels: level d holds the nodes of depth d in index order; see `view` for the parameters."""
     _check(problem, inputs, spare)
     starts = inputs.cu_seqlens_k.tolist()
     kv: list[tuple[Tensor, Tensor]] = []
@@ -134,6 +139,43 @@ def levels_view(problem: Problem, inputs: Inputs, *, spare: int = 0, memory: Mem
             padded.append(restride(level, memory))
         kv.append((padded[0], padded[1]))
         kv_lens.append(lengths)
+    return _by_level(problem, inputs, kv, kv_lens, memory)
+
+
+def packed_levels_view(
+    problem: Problem, inputs: Inputs, *, spare: int = 0, memory: Memory | None = None
+) -> View:
+    """Levels whose nodes lie end to end, however long each is; see `view` for the parameters."""
+    from hydragen.kv import PackedKV  # noqa: PLC0415 - see packed_view
+
+    _check(problem, inputs, spare)
+    kv: list[PackedKV] = []
+    kv_lens: list[list[int]] = []
+    for nodes in levels(problem.parents):
+        lengths = [problem.kv_lens[node] for node in nodes]
+        starts = [0, *itertools.accumulate(length + spare for length in lengths)]
+        k, v = (
+            _spread(
+                torch.cat([x.split(list(problem.kv_lens))[node] for node in nodes]),
+                lengths,
+                starts[:-1],
+                starts[-1],
+            )
+            for x in (inputs.k, inputs.v)
+        )
+        kv.append(PackedKV(restride(k, memory), restride(v, memory), starts))
+        kv_lens.append(lengths)
+    return _by_level(problem, inputs, kv, kv_lens, memory)
+
+
+def _by_level(
+    problem: Problem,
+    inputs: Inputs,
+    kv: Sequence[tuple[Tensor, Tensor] | PackedKV],
+    kv_lens: list[list[int]],
+    memory: Memory | None,
+) -> View:
+    """Rows of equal ``q_len`` become a batch ``[batch, q_len, ...]``; ragged rows stay packed."""
     uniform = len(set(problem.q_lens)) == 1
     q = inputs.q.unflatten(0, (problem.num_rows, problem.q_lens[0])) if uniform else inputs.q
     return View(
@@ -142,6 +184,23 @@ def levels_view(problem: Problem, inputs: Inputs, *, spare: int = 0, memory: Mem
         tree=_tree(problem),
         kv_lens=kv_lens,
         cu_seqlens_q=None if uniform else inputs.cu_seqlens_q,
+    )
+
+
+def paged_view(problem: Problem, inputs: Inputs, *, spare: int = 0, memory: Memory | None = None) -> View:
+    """The pages of ``inputs``, or pages of a size that the problem's seed chooses; see `view`."""
+    from hydragen.kv import PagedKV  # noqa: PLC0415 - see packed_view
+
+    _check(problem, inputs, spare)
+    seed = problem.seed
+    pages = inputs.pages or paged(problem, inputs, PAGE_SIZES[seed % len(PAGE_SIZES)], seed, spare)
+    k_cache, v_cache = restride(pages.k_cache, memory), restride(pages.v_cache, memory)
+    return View(
+        q=restride(inputs.q, memory),
+        kv=PagedKV(k_cache, v_cache, pages.page_indptr, pages.page_indices),
+        tree=_tree(problem),
+        kv_lens=list(pages.kv_lens),
+        cu_seqlens_q=inputs.cu_seqlens_q,
     )
 
 

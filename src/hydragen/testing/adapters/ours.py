@@ -1,6 +1,6 @@
 """hydragen.attention itself: ``--implementation hydragen.testing.adapters.ours:attention``.
 
-Keys and values packed, on the device and backend that ``backend="auto"`` chooses: `reference` and
+Keys and values packed or paged, on the device and backend that ``backend="auto"`` chooses: `reference` and
 `triton` name one.
 """
 
@@ -13,13 +13,13 @@ import torch
 import hydragen
 from hydragen.testing.inputs import Inputs
 from hydragen.testing.problem import Problem
-from hydragen.testing.views import View
+from hydragen.testing.views import View, paged_view
 
 
 def attend(
     problem: Problem, inputs: Inputs, view: View | None = None, *, backend: str = "auto", **options: Any
 ) -> hydragen.AttentionState:
-    """``hydragen.attention`` on a view of a problem, by default the packed one.
+    """``hydragen.attention`` on a view of a problem, by default packed or, if the inputs are, paged.
 
     Parameters
     ----------
@@ -31,18 +31,19 @@ def attend(
     AttentionState
         ``out`` and ``lse`` as ``[total_q, ...]``.
     """
-    given = problem.as_packed(inputs) if view is None else view
+    if view is None:
+        view = paged_view(problem, inputs) if inputs.pages else problem.as_packed(inputs)
     arguments = {
-        "tree": given.tree,
-        "kv_lens": given.kv_lens,
-        "cu_seqlens_q": given.cu_seqlens_q,
+        "tree": view.tree,
+        "kv_lens": view.kv_lens,
+        "cu_seqlens_q": view.cu_seqlens_q,
         "backend": backend,
         **problem.options(inputs),
     }
-    state = hydragen.attention(given.q, given.kv, **{**arguments, **options}, return_lse=True)
+    state = hydragen.attention(view.q, view.kv, **{**arguments, **options}, return_lse=True)
     if not isinstance(state, hydragen.AttentionState):
         raise TypeError(f"return_lse=True must give an AttentionState, got {type(state).__name__}")
-    return hydragen.AttentionState(given.packed(state.out), given.packed(state.lse))
+    return hydragen.AttentionState(view.packed(state.out), view.packed(state.lse))
 
 
 def attention(problem: Problem, inputs: Inputs) -> hydragen.AttentionState:
@@ -60,5 +61,6 @@ def triton(problem: Problem, inputs: Inputs) -> hydragen.AttentionState:
     return attend(problem, inputs, backend="triton")
 
 
-for _function in (attention, triton):
-    _function.capabilities = {"device": "cuda" if torch.cuda.is_available() else "cpu"}  # type: ignore[attr-defined]
+_device = "cuda" if torch.cuda.is_available() else "cpu"
+for _function, _on in ((attention, _device), (reference, "cpu"), (triton, _device)):
+    _function.capabilities = {"paged": True, "lse": True, "device": _on}  # type: ignore[attr-defined]
