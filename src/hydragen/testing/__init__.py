@@ -24,6 +24,7 @@ from hydragen.testing.inputs import Inputs
 from hydragen.testing.judge import Implementation, assert_within_budget, budget, oracle, run
 from hydragen.testing.plant import plant, planted
 from hydragen.testing.problem import Problem
+from hydragen.testing.shrink import shrink
 from hydragen.testing.views import View, restride, view
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "RowBudget",
     "budget",
     "assert_within_budget",
+    "shrink",
     "plant",
     "planted",
 ]

@@ -113,6 +113,24 @@ class Capabilities:
             limits[name] = _GIVEN[getattr(self, name)]
         return strategies.problems(**{**limits, **restrictions})
 
+    def allows(self, problem: Problem) -> bool:
+        """Whether a problem asks for nothing else (sizes of the tree aside)."""
+        given = {
+            name: getattr(problem, name) not in (None, False)
+            for name in ("causal", "window", "softcap", "scale", "sinks")
+        }
+        return (
+            problem.dtype in self.dtypes
+            and {problem.head_dim, problem.head_dim_v} <= set(self.head_dims)
+            and (problem.head_dim == problem.head_dim_v or not self.same_head_dim_v)
+            and problem.group_size in (self.group_sizes if self.gqa else (1,))
+            and problem.sharpness in self.sharpness
+            and (self.empty or 0 not in problem.kv_lens)
+            and (len(set(problem.q_lens)) == 1 or not self.same_q_len)
+            and all(_GIVEN[getattr(self, name)] in (None, value) for name, value in given.items())
+            and _is_kind_of_tree(problem, self.trees)
+        )
+
     def changed(self, values: Mapping[str, object], source: str) -> Capabilities:
         """The same with some of them replaced.
 
@@ -140,6 +158,13 @@ class Capabilities:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
         }
+
+
+def _is_kind_of_tree(problem: Problem, trees: Trees) -> bool:
+    roots = 1 if trees == "prefix" else problem.num_nodes
+    parents = (*[-1] * roots, *[0] * (problem.num_nodes - roots))
+    own = list(range(roots % problem.num_nodes if trees == "prefix" else 0, problem.num_nodes))
+    return trees == "any" or (problem.parents == parents and sorted(problem.row_to_node) == own)
 
 
 def parsed(settings: Sequence[str], source: str) -> dict[str, object]:

@@ -69,6 +69,10 @@ class Known:
         """Whether no entry is about this problem."""
         return not any(entry.applies(problem) for entry in self.problems)
 
+    def only(self, entry: Entry, problem: Problem) -> bool:
+        """Whether this entry, and no other, is about the problem."""
+        return all(other.applies(problem) == (other is entry) for other in self.problems)
+
     def law(self, name: str) -> Entry | None:
         """The entry about a law, if there is one."""
         return next((entry for entry in self.entries if entry.law == name), None)

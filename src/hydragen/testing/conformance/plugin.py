@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 
+from hydragen.testing import laws
 from hydragen.testing.conformance.capabilities import Capabilities, parsed
 from hydragen.testing.conformance.known import Known, read
 from hydragen.testing.conformance.report import Report, about_run
 from hydragen.testing.conformance.subject import Session, Subject, adapt, load, session
+from hydragen.testing.problem import Problem
+from hydragen.testing.shrink import shrink
 from hydragen.testing.tally import Tally, tallied
 
 EXAMPLES = {"dev": 15, "ci": 150, "nightly": 10_000}
@@ -146,6 +149,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("known_failure", entries, ids=[entry.when for entry in entries])
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run of doctests over the package is not one of the suite."""
+    asked = config.getoption("doctestmodules", default=False) and not session.subjects
+    return True if asked and collection_path.is_relative_to(Path(__file__).parent) else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what the subjects cannot do, and mark what they are known to fail."""
@@ -189,6 +198,15 @@ def _law(item: pytest.Item) -> str:
     return getattr(item, "originalname", item.name).removeprefix("test_")
 
 
+def _name(item: pytest.Item) -> str:
+    """The test's name, in which a single implementation need not be named again."""
+    name = item.name.removeprefix("test_")
+    if len(session.subjects) == 1:
+        only = session.subjects[0].name
+        name = name.replace(f"[{only}]", "").replace(f"[{only}-", "[")
+    return name
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     with tallied() as tally:
@@ -204,19 +222,38 @@ def pytest_runtest_makereport(
     if "implementation" not in getattr(item, "fixturenames", ()) or call.when == "teardown":
         return report
     tally = item.stash.get(_TALLY, Tally())
-    seen: dict[str, Any] = {"law": _law(item), "name": item.name, **tally.as_dict()}
-    if (call.when == "call" and report.outcome == "failed") or getattr(report, "wasxfail", None) is not None:
-        # Hypothesis ends with the smallest case that fails
-        seen["problem"] = repr(tally.last) if tally.last else ""
-        seen["where"] = tally.where or str(call.excinfo.value).partition("\n")[0] if call.excinfo else ""
+    seen: dict[str, Any] = {"law": _law(item), "name": _name(item), **tally.as_dict()}
+    if call.excinfo is not None and not isinstance(call.excinfo.value, pytest.fail.Exception):
+        seen["problem"] = _smallest(item, tally.last)
+        seen["where"] = tally.where or str(call.excinfo.value).partition("\n")[0]
     report.conformance = seen  # type: ignore[attr-defined]  # plain values: xdist carries them along
-    if call.when == "call":  # for JUnit
-        report.user_properties.append(("cases", tally.cases))
+    if call.when == "call":  # for JUnit, which takes them from the item when it ends
+        item.user_properties.append(("cases", tally.cases))
         for dtype, of_dtype in tally.worst.items():
-            report.user_properties += [
+            item.user_properties += [
                 (f"worst_{name}_{dtype}", f"{ratio:.3g}") for name, ratio in of_dtype.items()
             ]
     return report
+
+
+def _smallest(item: Any, last: Problem | None) -> str:
+    """The case with which Hypothesis ends, shrunk further where the oracle alone shows that it fails."""
+    implementation = item.callspec.params["implementation"]
+
+    def fails(problem: Problem) -> bool:
+        if not (session.capabilities.allows(problem) and session.known.allows(problem)):
+            return False
+        try:
+            laws.matches_oracle(implementation, problem)
+        except AssertionError:
+            return True
+        except Exception:  # noqa: BLE001 - another failure, or a problem that the function refuses
+            return False
+        return False
+
+    if last is None:
+        return ""
+    return repr(shrink(last, fails, max_runs=200) if fails(last) else last)
 
 
 class _Collector:
