@@ -1,5 +1,6 @@
 """Planting replaces one piece of source text, everywhere in the package or nowhere, and puts it back."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -57,6 +58,17 @@ def test_within_the_context_every_user_has_the_copy(package):
     assert package.high.answer(2) == 7
     assert package.low.double is package.high.double is original
     assert copy.__name__ not in sys.modules
+
+
+def test_modules_that_are_first_imported_meanwhile_forget_the_copy(package):
+    original = package.low.double
+    del sys.modules["plantation.high"]
+    with planted(package.low, "2 * x", "3 * x") as copy:
+        high = importlib.import_module("plantation.high")
+        assert high.double is copy.double
+        assert high.answer(2) == 9
+    assert high.double is original
+    assert high.answer(2) == 7
 
 
 def test_constants_are_replaced_under_their_own_name(package):

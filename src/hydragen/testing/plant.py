@@ -92,11 +92,8 @@ def planted(module: ModuleType | str, old: str, new: str) -> Iterator[ModuleType
     original = importlib.import_module(module) if isinstance(module, str) else module
     patched = plant(original, old, new)
     package = original.__name__.partition(".")[0]
-    users = [
-        user
-        for name, user in list(sys.modules.items())
-        if isinstance(user, ModuleType) and name.partition(".")[0] == package and user is not patched
-    ]
+    users = _modules(package, patched)
+    originals: dict[int, Any] = {}
     replaced: list[tuple[ModuleType, str, Any]] = []
     try:
         for name, value in list(vars(original).items()):
@@ -105,6 +102,7 @@ def planted(module: ModuleType | str, old: str, new: str) -> Iterator[ModuleType
             substitute = vars(patched)[name]
             if substitute is value:  # imported from elsewhere, or a constant that did not change
                 continue
+            originals[id(substitute)] = value
             made_here = _made_by(value, original)
             for user in users:
                 for alias, held in list(vars(user).items()):
@@ -115,7 +113,22 @@ def planted(module: ModuleType | str, old: str, new: str) -> Iterator[ModuleType
     finally:
         for user, alias, held in reversed(replaced):
             setattr(user, alias, held)
+        # what was first imported meanwhile took the substitutes for the originals
+        for user in _modules(package, patched):
+            if user not in users:
+                for alias, held in list(vars(user).items()):
+                    if id(held) in originals and _made_by(held, patched):
+                        setattr(user, alias, originals[id(held)])
         sys.modules.pop(patched.__name__, None)
+
+
+def _modules(package: str, patched: ModuleType) -> list[ModuleType]:
+    """What is loaded of a package, apart from the patched copy."""
+    return [
+        user
+        for name, user in list(sys.modules.items())
+        if isinstance(user, ModuleType) and name.partition(".")[0] == package and user is not patched
+    ]
 
 
 def _made_by(value: Any, module: ModuleType) -> bool:

@@ -7,7 +7,6 @@ Hypothesis shrinks them by deleting nodes and rows and by making numbers smaller
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Collection, Sequence
 from typing import Literal, TypeVar, get_args
@@ -16,6 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 from hydragen.testing.problem import DTYPES, MAX_HEAD_DIM, SHARPNESS, Problem, Sharpness
+from hydragen.testing.shapes import STYLES, hollow_out, leaves, row_ends, tree_parents
 
 _T = TypeVar("_T")
 
@@ -176,7 +176,7 @@ def _problems(
         return draw(st.sampled_from(choices))
 
     drawn_nodes, drawn_rows = draw(nodes), draw(rows)
-    topology, ends, hollow, queries = draw(_styles)
+    topology, ends, hollow, queries = draw(st.integers(0, len(STYLES) - 1).map(STYLES.__getitem__))
     if topology == "roots" and ends == "leaves":
         ends = "each"  # sequences that share nothing, as often as those that share everything
     if trees != "any":
@@ -184,14 +184,14 @@ def _problems(
         wanted = len(drawn_rows) + (trees == "prefix")
         drawn_nodes = (drawn_nodes * wanted)[:wanted]
         topology, ends = ("star" if trees == "prefix" else "roots"), "each"
-    parents = _parents([code for code, _ in drawn_nodes], topology)
+    parents = tree_parents([code for code, _ in drawn_nodes], topology)
     if ends == "each":
-        drawn_rows = drawn_rows[: len(_leaves(parents))]
+        drawn_rows = drawn_rows[: len(leaves(parents))]
     if ends == "crowd":
         drawn_rows = (drawn_rows * 2)[:max_rows]
-    row_to_node = _ends([code for code, _ in drawn_rows], parents, ends)
+    row_to_node = row_ends([code for code, _ in drawn_rows], parents, ends)
     kv_lens = [kv_len for _, kv_len in drawn_nodes]
-    _hollow_out(kv_lens, parents, row_to_node[0], hollow)
+    hollow_out(kv_lens, parents, row_to_node[0], hollow)
     kv_lens = [max(kv_len, least) for kv_len in kv_lens]
 
     num_kv_heads = draw(st.integers(1, max_kv_heads))
@@ -234,57 +234,6 @@ def _problems(
         sharpness=mode,
         seed=draw(st.integers(0, 2**16)),
     )
-
-
-# One number decides all of them: drawn one by one, Hypothesis likes to repeat the same choice.
-_STYLES = list(
-    itertools.product(
-        ("any", "star", "roots", "chain"),  # the tree
-        ("any", "each", "leaves", "crowd"),  # where rows end
-        ("", "", "", "", "", "", "root", "path"),  # what is empty on the path of row 0
-        ("as drawn", "one", "uniform", "heads"),  # queries per row
-    )
-)
-_styles = st.integers(0, len(_STYLES) - 1).map(_STYLES.__getitem__)
-
-
-def _parents(codes: Sequence[int], topology: str) -> list[int]:
-    """Any tree; one prefix under everything; one path; sequences that share nothing."""
-    if topology == "star":
-        return [-1, *[0] * (len(codes) - 1)]
-    if topology == "chain":
-        return list(range(-1, len(codes) - 1))
-    if topology == "roots":
-        return [-1] * len(codes)
-    return [code % (node + 1) - 1 for node, code in enumerate(codes)]
-
-
-def _ends(codes: Sequence[int], parents: Sequence[int], ends: str) -> list[int]:
-    """Rows that end anywhere; at any leaves; nearly all at one node; each at a leaf of its own."""
-    leaves = _leaves(parents)
-    if ends == "leaves":
-        return [leaves[code % len(leaves)] for code in codes]
-    if ends == "crowd":
-        # A huge group and a tiny one: all at one node but the last row, which ends at another.
-        crowded, others = codes[0] % len(parents), len(parents) - 1
-        away = (crowded + 1 + codes[-1] % max(others, 1)) % len(parents)
-        return [*[crowded] * (len(codes) - 1), away]
-    if ends == "each":
-        return leaves[: len(codes)]
-    return [code % len(parents) for code in codes]
-
-
-def _leaves(parents: Sequence[int]) -> list[int]:
-    return sorted(set(range(len(parents))) - set(parents))
-
-
-def _hollow_out(kv_lens: list[int], parents: Sequence[int], end: int, hollow: str) -> None:
-    """Empty the first segment on the path to a node, or the whole path: a row with nothing to attend to."""
-    node = end
-    while node >= 0 and hollow:
-        if hollow == "path" or parents[node] < 0:
-            kv_lens[node] = 0
-        node = parents[node]
 
 
 def _check_choices(name: str, given: Sequence[object], allowed: Collection[object]) -> None:

@@ -1,0 +1,244 @@
+"""Judge a forest of thousands of rows at once, on the device where it was computed.
+
+The same oracle and the same budget as `hydragen.testing.budget`, in PyTorch and for many rows together:
+float64 attention over each row's own copy of its keys, no sharing, no merging. Tests hold it to the NumPy
+oracle; `check_oracle` does so for part of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydragen.testing.budget import RowBudget, compute_budgets, compute_oracle
+from hydragen.testing.inputs import Inputs
+from hydragen.testing.problem import Problem
+
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # of float64 keys at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Rows of a problem, in the caller's order.
+
+    Attributes
+    ----------
+    out, lse
+        Largest error of each row as a multiple of its budget, float64 ``[num_rows]`` on the CPU.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @property
+    def failing_rows(self) -> list[int]:
+        """Rows outside of their budget."""
+        return ((self.out > 1) | (self.lse > 1)).nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Rows of similar length, padded: indices, which of them exist, and what each query sees."""
+
+    rows: list[int]
+    queries: Tensor  # int64 [rows, q_len]
+    has_query: Tensor  # bool [rows, q_len]
+    keys: Tensor  # int64 [rows, path_len]
+    visible: Tensor  # bool [rows, q_len, path_len]
+
+
+def judge_rows(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor | None) -> Judged:
+    """Compare a result with float64 attention, row by row, on the device of ``out``.
+
+    Parameters
+    ----------
+    inputs
+        What it was computed from, on any device.
+    out, lse
+        ``[total_q, num_q_heads, head_dim_v]`` and ``[total_q, num_q_heads]``; None leaves ``lse`` unjudged.
+
+    Raises
+    ------
+    ValueError
+        If ``out`` or ``lse`` has another dtype or shape than the problem demands.
+    """
+    shape = (problem.total_q, problem.num_q_heads)
+    wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    for name, value, wanted, dtype in (
+        ("out", out, (*shape, problem.head_dim_v), problem.dtype),
+        ("lse", lse, shape, wide),
+    ):
+        if value is not None and (tuple(value.shape) != wanted or value.dtype != dtype):
+            raise ValueError(f"{name} must be {dtype} {wanted}, got {value.dtype} {tuple(value.shape)}")
+    there = inputs.to(out.device)
+    out_ratios = torch.zeros(problem.num_rows, dtype=torch.float64)
+    lse_ratios = torch.zeros(problem.num_rows, dtype=torch.float64)
+    for chunk in _chunks(problem, inputs, out.device):
+        budgets, expected_out, expected_lse = _budgets(problem, there, chunk)
+        gathered = out[chunk.queries]
+        out_ratios[chunk.rows] = _worst(gathered, expected_out, chunk, budgets["out"])
+        if lse is not None:
+            lse_ratios[chunk.rows] = _worst(lse[chunk.queries], expected_lse, chunk, budgets["lse"])
+    return Judged(out_ratios, lse_ratios)
+
+
+def check_oracle(problem: Problem, inputs: Inputs, device: torch.device | str) -> float:
+    """Largest difference of this module's results and budgets from those of the NumPy oracle.
+
+    In units of ``1e-12`` of the result's own scale for ``out`` and ``lse``, and of 1 % for budgets, whose
+    dense term depends on the order of a sum: at most 1 if both are right.
+    """
+    there = inputs.to(device)
+    expected = compute_oracle(problem, inputs.to("cpu"))
+    budgets = compute_budgets(problem, inputs.to("cpu"), expected)
+    worst = 0.0
+    starts = inputs.cu_seqlens_q.tolist()
+    for chunk in _chunks(problem, inputs, torch.device(device)):
+        mine, out, lse = _budgets(problem, there, chunk)
+        for place, row in enumerate(chunk.rows):
+            tokens = slice(starts[row], starts[row + 1])
+            count = starts[row + 1] - starts[row]
+            for got, true, scale in (
+                (out[place, :count], expected.out[tokens], budgets[row].absolute),
+                (lse[place, :count], expected.lse[tokens], budgets[row].magnitude),
+            ):
+                apart = _errors(got.cpu(), true)
+                worst = max(worst, float(apart.max()) / max(scale, 1e-300) / 1e-12 if apart.any() else 0.0)
+            worst = max(worst, _apart(mine, place, budgets[row]))
+    return worst
+
+
+def _apart(mine: dict[str, Tensor], place: int, budget: RowBudget) -> float:
+    """Relative difference of both budgets, less what the dense error may differ by, in percent."""
+    worst = 0.0
+    for name, dense in (("out", budget.dense_out), ("lse", budget.dense_lse)):
+        wanted, got = getattr(budget, name), float(mine[name][place])
+        if wanted == got:
+            continue
+        # the dense attention that the budget measures is rounded in an order of its own
+        slack = 2 * max(dense, budget.eps * budget.absolute if name == "out" else budget.logit)
+        worst = max(worst, 100 * max(abs(wanted - got) - slack, 0.0) / wanted)
+    return worst
+
+
+def _chunks(problem: Problem, inputs: Inputs, device: torch.device) -> Iterator[_Chunk]:
+    """Rows by length, so that little is padding, in chunks that fit into memory."""
+    k_starts, q_starts = inputs.cu_seqlens_k.tolist(), inputs.cu_seqlens_q.tolist()
+    path_lens = [problem.path_len(row) for row in range(problem.num_rows)]
+    order = sorted(range(problem.num_rows), key=lambda row: path_lens[row])
+    limit = _ELEMENTS.get(device.type, _ELEMENTS["cpu"])
+    begin = 0
+    while begin < len(order):
+        end = begin + 1
+        while end < len(order):
+            width = path_lens[order[end]] * problem.num_q_heads * (problem.head_dim + problem.head_dim_v)
+            if (end + 1 - begin) * max(width, 1) > limit:
+                break
+            end += 1
+        rows = order[begin:end]
+        begin = end
+        longest, most = path_lens[rows[-1]], max(problem.q_lens[row] for row in rows)
+        keys = np.zeros((len(rows), longest), np.int64)
+        has_key = np.zeros((len(rows), longest), bool)
+        queries = np.zeros((len(rows), most), np.int64)
+        has_query = np.zeros((len(rows), most), bool)
+        for place, row in enumerate(rows):
+            at = 0
+            for node in problem.path(row):
+                length = problem.kv_lens[node]
+                keys[place, at : at + length] = np.arange(k_starts[node], k_starts[node] + length)
+                at += length
+            has_key[place, :at] = True
+            queries[place, : problem.q_lens[row]] = np.arange(q_starts[row], q_starts[row + 1])
+            has_query[place, : problem.q_lens[row]] = True
+        lens = np.array([[path_lens[row], problem.q_lens[row]] for row in rows])
+        position = (lens[:, :1] - lens[:, 1:]) + np.arange(most)
+        distance = position[:, :, None] - np.arange(longest)
+        visible = has_key[:, None] & has_query[:, :, None]
+        if problem.causal:
+            visible &= distance >= 0
+        if problem.window is not None:
+            visible &= distance < problem.window
+        tables = (torch.from_numpy(x).to(device) for x in (queries, has_query, keys, visible))
+        yield _Chunk(rows, *tables)
+
+
+def _budgets(problem: Problem, inputs: Inputs, chunk: _Chunk) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Budgets of ``out`` and ``lse`` per row, and the oracle's ``out`` and ``lse`` ``[rows, q_len, ...]``."""
+    wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    eps, eps_state = torch.finfo(problem.dtype).eps, torch.finfo(wide).eps
+    heads = problem.group_size
+    q = inputs.q[chunk.queries].transpose(1, 2)  # [rows, heads, q_len, head_dim]
+    k, v = (x[chunk.keys].repeat_interleave(heads, 2).transpose(1, 2) for x in (inputs.k, inputs.v))
+    visible = chunk.visible[:, None]
+    sinks = inputs.sinks
+    both = torch.cat([v.double(), v.double().abs()], -1)
+    out, lse = _attend(problem, q.double(), k.double(), both, visible, sinks)
+    out, absolute = out[..., : problem.head_dim_v], out[..., problem.head_dim_v :]
+    dense_out, dense_lse = _attend(problem, q.to(wide), k.to(wide), v.to(wide), visible, sinks)
+    there = chunk.has_query[:, None]
+    dense_out_error = _errors(dense_out.to(problem.dtype), out).amax(-1).masked_fill(~there, 0.0)
+    dense_lse_error = _errors(dense_lse, lse).masked_fill(~there, 0.0)
+    magnitudes = q.to(wide).abs() @ k.to(wide).abs().transpose(2, 3) * abs(problem.logit_scale)
+    logits = _per_row(magnitudes.masked_fill(~visible, 0.0)).clamp(min=1.0)
+    finite_lse = lse.abs().masked_fill(~lse.isfinite() | ~there, 0.0)
+    magnitude = torch.maximum(logits, _per_row(finite_lse))
+    has_key = (torch.arange(chunk.keys.shape[1], device=q.device) < _lengths(problem, chunk)[:, None])[
+        :, None
+    ]
+    max_v = _per_row(v.double().abs().amax(-1).masked_fill(~has_key, 0.0))
+    logit = max(4.0, math.sqrt(problem.head_dim)) * eps_state * magnitude
+    absolute_row = _per_row(absolute.amax(-1).masked_fill(~there, 0.0))
+    budgets = {
+        "out": 2 * _per_row(dense_out_error) + eps * absolute_row + logit * max_v,
+        "lse": 2 * _per_row(dense_lse_error) + logit,
+    }
+    return budgets, out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _lengths(problem: Problem, chunk: _Chunk) -> Tensor:
+    lengths = [problem.path_len(row) for row in chunk.rows]
+    return torch.tensor(lengths, device=chunk.keys.device)
+
+
+def _attend(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with all keys at once, in the dtype of ``q``: ``[rows, heads, q_len, ...]``."""
+    logits = q @ k.transpose(2, 3) * problem.logit_scale
+    if problem.softcap is not None:
+        logits = problem.softcap * torch.tanh(logits / problem.softcap)
+    logits = logits.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        sink = sinks.to(q.dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], -1)
+        v = torch.cat([v, v.new_zeros(*v.shape[:2], 1, v.shape[3])], 2)
+    lse = torch.logsumexp(logits, -1)
+    nothing = (lse == -math.inf)[..., None]  # to attend to: not NaN
+    return torch.softmax(logits, -1).masked_fill(nothing, 0.0) @ v, lse
+
+
+def _per_row(x: Tensor) -> Tensor:
+    """Largest value of each row, float64."""
+    flat = x.flatten(1)
+    return flat.amax(1).double() if flat.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float64)
+
+
+def _errors(got: Tensor, expected: Tensor) -> Tensor:
+    """Absolute errors: 0 between equal infinities, infinity where only one is one or a NaN appears."""
+    got, expected = got.double(), expected.double()
+    error = (got - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    return error.masked_fill(got == expected, 0.0)
+
+
+def _worst(got: Tensor, expected: Tensor, chunk: _Chunk, allowed: Tensor) -> Tensor:
+    """Largest error of each row, in budgets."""
+    error = _errors(got, expected).flatten(2)
+    error = error.amax(2).masked_fill(~chunk.has_query, 0.0).amax(1)
+    ratio = torch.where(error <= allowed, (error / allowed).nan_to_num(nan=0.0), error / allowed)
+    return ratio.cpu()
