@@ -109,7 +109,7 @@ def record(stage: str, status: int, seconds: int, logs: Path) -> None:
         "source": source_hash(),
         "machine": facts,
     }
-    if stage == "compile":
+    if stage in ("compile", "conformance", "numerics", "sanitize"):
         entry["summary"] = (log.strip().splitlines() or [""])[-1]
     else:
         entry |= count(log)

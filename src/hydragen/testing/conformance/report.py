@@ -174,11 +174,14 @@ def versions() -> dict[str, str]:
 
 
 def _device(session: Session) -> str:
-    device = session.capabilities.device
-    found = platform.processor() or platform.machine()
+    return f"tensors on {session.capabilities.device}; this machine: {device_name()}"
+
+
+def device_name() -> str:
+    """The GPU of this machine, or else its processor."""
     if torch.cuda.is_available():
-        found = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return f"tensors on {device}; this machine: {found}"
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return platform.processor() or platform.machine()
 
 
 def _with_version(path: str) -> str:
