@@ -10,58 +10,15 @@ import math
 from dataclasses import dataclass
 
 import torch
+from faulty_bugs import BUGS
 from torch import Tensor
 
 from hydragen.testing import Inputs, Problem
+from hydragen.testing.pages import Pages
 
 TILE = 16
 FINITE_INFINITY = -5e4
 LOG2_E = math.log2(math.e)
-
-BUGS = {
-    # The softmax of nothing.
-    "unguarded -inf - -inf": "FlashInfer#4051, vLLM#39148, original Hydragen",
-    "empty segment has lse 0": "FlashInfer#4452",
-    "empty segment has lse +inf": "flash-attention#978",
-    "empty segment has a finite lse": "FlashInfer#4452: -49993",
-    "finite infinity in the running max": "FlashInfer#4267, #4450",
-    "empty row moves the rows after it": "flash-attention#2573",
-    # The merge.
-    "segment lse in base 2": "SGLang#35045, vLLM#47079, pytorch#181645",
-    "returned lse in base 2": "FlashInfer's docstrings",
-    "lse transposed in the merge": "vllm flash-attention#87",
-    "merge bounded by flat offset only": "original Hydragen's combine at head_dim 129",
-    "merge drops the last segment": "one prefix too few",
-    "prefix counted twice": "one prefix too many",
-    "first prefix for everybody": "one prefix too many",
-    "running sum not rescaled": "online softmax",
-    "no maximum subtracted": "online softmax",
-    # Who attends to what.
-    "only one root": "FastTree-Artifact#3",
-    "prefix never masked": "vLLM#11635",
-    "causal mask off by one": "hides the query's own position",
-    "causal mask one too many": "shows the next position",
-    "causal mask top-left": "query i at position i",
-    "window off by one": "FlashInfer#5286, transformers#29623",
-    "window counted per segment": "positions restart at each segment",
-    "missing column mask": "the last tile reads the next segment",
-    "tile remainder dropped": "kv_len // TILE tiles",
-    "values of padding not masked": "0 · NaN",
-    "rows in tree order": "results not brought back into the caller's order",
-    "one row per node": "rows that end at one node share one result",
-    "GQA heads interleaved": "h % num_kv_heads",
-    "strides ignored": "vLLM#22003",
-    # Options.
-    "softcap dropped": "SGLang#33915, FlashInfer#1023",
-    "scale dropped": "an option silently ignored",
-    "scale of head_dim_v": "head_dim_v ≠ head_dim",
-    "sink in every segment": "rocm-libraries#12227",
-    "sink dropped for an empty first segment": "rocm-libraries#12227",
-    "sink missing from lse": "rocm-libraries#12227",
-    # Precision.
-    "dot products in TF32": "a GPU's default for float32",
-    "partials in half precision": "original Hydragen, for float32 inputs",
-}
 
 
 @dataclass
@@ -78,6 +35,12 @@ def attention(problem: Problem, inputs: Inputs, bug: str | None = None) -> tuple
         q, k, v = (
             x.as_strided(x.shape, torch.empty(x.shape).stride()) if fits(x) else x
             for x in (inputs.q, inputs.k, inputs.v)
+        )
+    elif inputs.pages is not None:
+        q = inputs.q
+        k, v = (
+            gather(problem, inputs.pages, cache, bug)
+            for cache in (inputs.pages.k_cache, inputs.pages.v_cache)
         )
     else:
         q, k, v = inputs.q, inputs.k, inputs.v
@@ -115,6 +78,23 @@ def attention(problem: Problem, inputs: Inputs, bug: str | None = None) -> tuple
     out = torch.cat([state.out for state in results]).to(problem.dtype)
     lse = torch.cat([state.lse for state in results])
     return out, lse * LOG2_E if bug == "returned lse in base 2" else lse
+
+
+def gather(problem: Problem, pages: Pages, cache: Tensor, bug: str | None) -> Tensor:
+    """Keys or values node after node, out of the pages."""
+    indptr, parts = pages.page_indptr.tolist(), []
+    for node, kv_len in enumerate(problem.kv_lens):
+        begin, end = indptr[node], indptr[node + 1]
+        if bug == "pages from one before" and begin > 0:
+            begin, end = begin - 1, end - 1
+        indices = pages.page_indices[begin:end].long()
+        if bug == "page table ignored":
+            indices = torch.arange(begin, end)
+        token = torch.arange(kv_len)
+        size = 16 if bug == "page size of 16 assumed" else pages.page_size
+        within = (token % size).clamp(max=pages.page_size - 1)
+        parts.append(cache[indices[token // size], within] if kv_len else cache[:0, 0])
+    return torch.cat(parts)
 
 
 def fits(tensor: Tensor) -> bool:

@@ -7,7 +7,8 @@ import functools
 
 import pytest
 import torch
-from faulty_attention import BUGS, TILE, attention
+from faulty_attention import TILE, attention
+from faulty_bugs import BUGS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,8 @@ def test_the_judge_catches_it(bug):
         try:
             if bug in (None, "strides ignored"):
                 laws.strides_change_nothing(implementation, problem, memory)
+            if bug is None or "page" in bug:
+                laws.paging_changes_nothing(implementation, problem, page_size=3, seed=problem.seed)
             if bug != "strides ignored":
                 laws.matches_oracle(implementation, problem)
         except AssertionError:
@@ -69,6 +72,8 @@ def fails(implementation, bug: str, problem: Problem) -> bool:
     try:
         if bug == "strides ignored":
             laws.strides_change_nothing(implementation, problem, "sliced")
+        elif "page" in bug:
+            laws.paging_changes_nothing(implementation, problem, page_size=3, seed=problem.seed)
         else:
             laws.matches_oracle(implementation, problem)
     except AssertionError:

@@ -239,7 +239,7 @@ def test_functions_that_cannot_be_loaded():
     for path, message in (
         ("faulty_attention", "must be module:function, got 'faulty_attention'"),
         ("faulty_attention:nobody", "has no attribute 'nobody'"),
-        ("faulty_attention:BUGS", "got dict"),
+        ("faulty_bugs:BUGS", "got dict"),
         ("nowhere:f", "No module named 'nowhere'"),
     ):
         with pytest.raises(ValueError, match=message):
