@@ -28,6 +28,7 @@ TESTS = [
         f"tests/test_reference_{name}.py"
         for name in ("state", "segment", "decomposed", "oracle", "precision")
     ),
+    "tests/test_reference_mutants.py",
     "tests/test_work.py",
     "tests/test_planted_kernels.py",
 ]

@@ -2,7 +2,8 @@
 
 The environment holds the wheel and its declared dependencies, with their own, and nothing else: they are
 linked from the environment this runs in, so that nothing is downloaded twice. What pyproject.toml forgets to
-declare is therefore missing, as it would be for a user. `--without triton` leaves one dependency out.
+declare is therefore missing, as it would be for a user. `--without triton` leaves one dependency out;
+`--suite` adds pytest and Hypothesis and runs the conformance suite that the wheel brings along.
 """
 
 import argparse
@@ -19,6 +20,17 @@ from zipfile import ZipFile
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
+SUITE = [
+    "--pyargs",
+    "hydragen.testing.conformance",
+    "--implementation",
+    "hydragen.testing.adapters.ours:reference",
+    "--hypothesis-profile=dev",
+    "--hypothesis-seed=0",
+    "-p",
+    "no:cacheprovider",
+    "-q",
+]
 
 
 def run(*command: str | Path, cwd: Path) -> None:
@@ -80,7 +92,9 @@ def main() -> None:
     parser.add_argument(
         "--without", action="append", default=[], metavar="NAME", help="leave a dependency out"
     )
-    without = set(parser.parse_args().without)
+    parser.add_argument("--suite", action="store_true", help="run the suite in the wheel as well")
+    given = parser.parse_args()
+    without = set(given.without)
     with tempfile.TemporaryDirectory(prefix="hydragen-wheel-") as name:
         folder = Path(name)
         wheel = build_wheel(folder)
@@ -101,6 +115,9 @@ def main() -> None:
         dependencies = closure(declared(wheel), without)
         link(dependencies, site_packages)
         run(python, ROOT / "ci" / "wheel_probe.py", *sorted(without), cwd=folder)
+        if given.suite:
+            link(closure(["pytest", "hypothesis"], without), site_packages)
+            run(python, "-m", "pytest", *SUITE, cwd=folder)
         print(f"{wheel.name} works with {', '.join(sorted(dependencies))}")
 
 
