@@ -21,15 +21,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = [
-    "--pyargs",
-    "hydragen.testing.conformance",
-    "--implementation",
-    "hydragen.testing.adapters.ours:reference",
-    "--hypothesis-profile=dev",
-    "--hypothesis-seed=0",
-    "-p",
-    "no:cacheprovider",
-    "-q",
+    *("--pyargs", "hydragen.testing.conformance"),
+    *("--implementation", "hydragen.testing.adapters.ours:reference"),
+    *("--hypothesis-profile=dev", "--hypothesis-seed=0", "-p", "no:cacheprovider", "-q"),
 ]
 
 

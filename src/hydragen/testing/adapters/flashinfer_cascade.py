@@ -34,6 +34,7 @@ def _wrapper() -> Any:
 
 def attention(problem: Problem, inputs: Inputs) -> Tensor:
     """``out`` for a prefix (node 0) and a suffix per row."""
+    wrapper = _wrapper()
     if 0 in problem.kv_lens:
         raise NotImplementedError("a segment has at least one page")
     pages = inputs.pages or paged(problem, inputs, _PAGE_SIZE)
@@ -49,7 +50,6 @@ def attention(problem: Problem, inputs: Inputs) -> Tensor:
         tables = (q_indptr, counts, torch.cat(of_level), torch.tensor(last))
         for level, table in zip(levels, tables, strict=True):
             level.append(table.to("cuda", torch.int32))
-    wrapper = _wrapper()
     wrapper.plan(
         *levels,
         problem.num_q_heads,

@@ -26,7 +26,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor,
     q and ``lse [batch, heads, q_len]``, float32.
     """
     if k.shape[2] == 0 and q.device.type == "cpu":
-        # as the GPU's kernel does it; the CPU's divides by zero and ends the process (torch 2.13)
+        # as the GPU's kernel does it; the CPU's divides by zero and ends the process (pytorch/pytorch#141219)
         return torch.zeros_like(q), torch.full(q.shape[:-1], torch.inf)
     if q.device.type == "cuda":
         out, lse = _gpu_flash(q, k, v, 0.0, False, scale=scale)[:2]
