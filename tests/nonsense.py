@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from nonsense_options import (
+    HUGE,
+    Drawn,
+    Odd,
+    backend,
+    flag,
+    max_seqlen_q,
+    out_dtype,
+    scale,
+    softcap,
+    window,
+)
 from right_arguments import packed, packed_kv, star, two_levels
 
-from hydragen import PackedKV, PrefixTree
-
-Drawn = tuple[Any, bool]
-HUGE = 2**62
-
-
-class Odd:
-    """Of no use to anybody."""
-
-    def __repr__(self) -> str:
-        return "Odd()"
+from hydragen import PackedKV, PagedKV, PrefixTree
 
 
 def anything(rng: np.random.Generator) -> Any:
@@ -141,68 +143,6 @@ def integers(rng: np.random.Generator, right: list[int]) -> Drawn:
     return int(rng.integers(-3, 9)), True
 
 
-def scale(rng: np.random.Generator) -> Drawn:
-    """Instead of a factor."""
-    wrong = [
-        math.nan,
-        math.inf,
-        -math.inf,
-        10**400,
-        "1",
-        True,
-        1j,
-        [1.0],
-        np.array([1.0]),
-        torch.ones(2),
-        Odd(),
-    ]
-    maybe = [1e38, -1e308, 1e-320, 0, np.float16(2)]
-    return _either(rng, wrong, maybe)
-
-
-def window(rng: np.random.Generator) -> Drawn:
-    """Instead of a number of keys."""
-    wrong = [
-        0,
-        -1,
-        -(10**30),
-        1.5,
-        2.0,
-        math.nan,
-        "3",
-        True,
-        [1],
-        1j,
-        np.float64(2),
-        torch.tensor([1, 2]),
-        Odd(),
-    ]
-    return _either(rng, wrong, [1, 10**30, np.uint8(200)])
-
-
-def softcap(rng: np.random.Generator) -> Drawn:
-    """Instead of a cap."""
-    wrong = [0, -1.0, math.nan, math.inf, "50", True, 1j, [5.0], 10**400, -(10**400), torch.ones(3), Odd()]
-    return _either(rng, wrong, [1e-30, 1e30, 1e300, 1e-320, 1])
-
-
-def flag(rng: np.random.Generator) -> Drawn:
-    """Instead of True or False."""
-    wrong = [0, 1, None, "yes", np.bool_(True), math.nan, torch.tensor(True), [], Odd()]
-    return wrong[rng.integers(len(wrong))], True
-
-
-def backend(rng: np.random.Generator) -> Drawn:
-    """Instead of the name of a backend."""
-    wrong = ["", "cuda", "Triton", "AUTO", None, 3, math.nan, b"auto", ["auto"], torch.device("cpu"), Odd()]
-    return wrong[rng.integers(len(wrong))], True
-
-
-def max_seqlen_q(rng: np.random.Generator) -> Drawn:
-    """Instead of the tokens of the longest row."""
-    return _either(rng, [-1, 1.5, math.nan, "4", True, [4], -HUGE, Odd()], [0, 1, HUGE, 10**30])
-
-
 def tree(rng: np.random.Generator) -> Drawn:
     """Instead of a tree of the right shape."""
     if rng.random() < 0.4:
@@ -251,6 +191,17 @@ def packed_keys(rng: np.random.Generator, right: PackedKV) -> Drawn:
     )  # fmt: skip
 
 
+def paged_keys(rng: np.random.Generator) -> Drawn:
+    """Instead of a pool of 9 pages of 2 tokens, and who owns which."""
+    pool, indptr, indices = torch.zeros(9, 2, 2, 8), [0, 3, 5, 6, 7, 9], [4, 2, 0, 8, 7, 6, 5, 3, 1]
+    which = int(rng.integers(4))
+    value, certain = integers(rng, indptr if which == 2 else indices) if which > 1 else a_tensor(rng, pool)
+    fields: list[Any] = [pool, pool, indptr, indices]
+    fields[which] = value
+    # a page table is checked for its length and its values only if it is on the host; any page may come first
+    return PagedKV(*fields), certain and which < 3
+
+
 def lengths_by_level(rng: np.random.Generator) -> Drawn:
     """Instead of lengths by level."""
     kind = int(rng.integers(6))
@@ -265,19 +216,31 @@ def lengths_by_level(rng: np.random.Generator) -> Drawn:
 
 def call(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, bool]]:
     """Arguments of hydragen.attention, and which were replaced, with whether that is wrong for sure."""
-    is_packed = bool(rng.integers(2))
+    form = int(rng.integers(3))
+    is_packed = form > 0
     right = packed() if is_packed else two_levels()
+    if form == 2:
+        right["kv"] = PagedKV(
+            torch.zeros(9, 2, 2, 8), torch.zeros(9, 2, 2, 8), [0, 3, 5, 6, 7, 9], [4, 2, 0, 8, 7, 6, 5, 3, 1]
+        )
     draws: dict[str, Callable[[], Drawn]] = {
         "q": lambda: a_tensor(rng, right["q"]),
-        "kv": lambda: packed_keys(rng, packed_kv()) if is_packed else levels(rng, right["kv"]),
+        "kv": lambda: (
+            paged_keys(rng)
+            if form == 2
+            else packed_keys(rng, packed_kv())
+            if is_packed
+            else levels(rng, right["kv"])
+        ),
         "tree": lambda: tree(rng),
-        "kv_lens": lambda: integers(rng, [5, 3, 3, 3, 3]) if is_packed else lengths_by_level(rng),
+        "kv_lens": lambda: integers(rng, [5, 3, 1, 1, 3]) if is_packed else lengths_by_level(rng),
         "cu_seqlens_q": lambda: integers(rng, [0, 1, 3, 3, 7]) if is_packed else ([0, 4], True),
         "max_seqlen_q": lambda: max_seqlen_q(rng),
         "scale": lambda: scale(rng),
         "window": lambda: window(rng),
         "softcap": lambda: softcap(rng),
         "sinks": lambda: a_tensor(rng, torch.zeros(4)),
+        "out_dtype": lambda: out_dtype(rng),
         "causal": lambda: flag(rng),
         "return_lse": lambda: flag(rng),
         "batch_invariant": lambda: flag(rng),
@@ -292,9 +255,3 @@ def call(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, bool]]:
     for name in sorted(chosen):
         arguments[name], replaced[name] = draws[name]()
     return arguments, replaced
-
-
-def _either(rng: np.random.Generator, wrong: list[Any], maybe: list[Any]) -> Drawn:
-    if rng.random() < 0.7:
-        return wrong[rng.integers(len(wrong))], True
-    return maybe[rng.integers(len(maybe))], False

@@ -12,17 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import nonsense
+import nonsense_options
 import numpy as np
 import pytest
 import torch
 
 import hydragen
-from hydragen import PackedKV
+from hydragen import PackedKV, PagedKV
 
 CASES, SEEDS = 1_500, range(8)
 ARGUMENTS = (
     "q", "kv", "tree", "kv_lens", "cu_seqlens_q", "max_seqlen_q", "scale", "causal", "window", "softcap",
-    "sinks", "return_lse", "backend", "batch_invariant", "validate",
+    "sinks", "return_lse", "out_dtype", "backend", "batch_invariant", "validate",
 )  # fmt: skip
 NAMED = re.compile(rf"({'|'.join(sorted(ARGUMENTS, key=len, reverse=True))})\b")
 
@@ -52,6 +53,9 @@ def shown(value: Any) -> str:
         return f"{value.dtype} {list(value.shape)} strides {value.stride()} on {value.device}{first}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, PagedKV):
+        fields = (value.k_cache, value.v_cache, value.page_indptr, value.page_indices)
+        return f"PagedKV({', '.join(map(shown, fields))})"
     if isinstance(value, PackedKV):
         return f"PackedKV({shown(value.k)}, {shown(value.v)}, {shown(value.cu_seqlens_k)})"
     return repr(value)
@@ -75,10 +79,15 @@ def verdict(arguments: dict[str, Any], replaced: dict[str, bool]) -> str:
         return "taken for right"
     out = result.out if isinstance(result, hydragen.AttentionState) else result
     q = arguments["q"]
-    if out.shape[:-1] != q.shape[:-1] or out.dtype != q.dtype:
+    if out.shape[:-1] != q.shape[:-1] or out.dtype != (arguments.get("out_dtype") or q.dtype):
         return f"out is {out.dtype} {list(out.shape)}"
     kv = arguments["kv"]
-    tensors = [q, *((kv.k, kv.v) if isinstance(kv, PackedKV) else [x for level in kv for x in level])]
+    if isinstance(kv, PackedKV):
+        tensors = [q, kv.k, kv.v]
+    elif isinstance(kv, PagedKV):
+        tensors = [q, kv.k_cache, kv.v_cache]
+    else:
+        tensors = [q, *(x for level in kv for x in level)]
     if arguments.get("sinks") is not None:
         tensors.append(arguments["sinks"])
     if all(bool(x.isfinite().all()) for x in tensors) and not bool(out.isfinite().all()):
@@ -98,7 +107,7 @@ def test_nonsense_is_refused_by_name(seed: int) -> None:
         refused += any(replaced.values())
         if found:
             what = ", ".join(f"{name}={shown(arguments[name])}" for name in replaced)
-            form = "packed()" if "cu_seqlens_q" in arguments and "tree" in arguments else "two_levels()"
+            form = "packed()" if isinstance(arguments.get("tree"), hydragen.PrefixTree) else "two_levels()"
             failures.setdefault(re.sub(r"[\d.]+", "#", found), f"{form} with {what}\n    {found}")
     assert refused > CASES / 2, "hardly any nonsense: this tests nothing"
     assert not failures, f"{len(failures)} kinds of failure\n" + "\n".join(failures.values())
@@ -158,7 +167,7 @@ def structures(rng: np.random.Generator) -> tuple[str, Any, dict[str, Any], list
         "q_len": 1,
     }
     name = list(right)[rng.integers(6)]
-    numbers = [0, -1, 2.5, math.nan, "4", None, True, 3, [4], torch.int32, nonsense.Odd(), 1j]
+    numbers = [0, -1, 2.5, math.nan, "4", None, True, 3, [4], torch.int32, nonsense_options.Odd(), 1j]
     return "explain", hydragen.explain, {**right, name: numbers[rng.integers(12)]}, [name]
 
 
