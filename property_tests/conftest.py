@@ -15,7 +15,7 @@ INTERPRETER_EXAMPLES = {"dev": 5, "ci": 25, "nightly": 2_000}
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     plugin.bring_along(pluginmanager)
     examples = INTERPRETER_EXAMPLES if subjects.INTERPRETED else plugin.EXAMPLES
-    plugin.register_profiles(examples, default="dev", explain=not subjects.INTERPRETED)
+    plugin.register_profiles(examples, default="dev")
 
 
 def pytest_configure() -> None:

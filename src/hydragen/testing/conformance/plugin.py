@@ -33,7 +33,7 @@ def bring_along(pluginmanager: pytest.PytestPluginManager) -> None:
         pluginmanager.register(sys.modules[__name__], __name__)
 
 
-def register_profiles(examples: dict[str, int], default: str, explain: bool = True) -> None:
+def register_profiles(examples: dict[str, int], default: str, explain: bool = False) -> None:
     """Make Hypothesis profiles of these sizes, and load the one that the environment names, or `default`."""
     for name, number in examples.items():
         settings.register_profile(
@@ -41,7 +41,7 @@ def register_profiles(examples: dict[str, int], default: str, explain: bool = Tr
             max_examples=number,
             deadline=None,
             print_blob=True,
-            # Explaining a failure runs it many times more.
+            # Explaining a failure runs it many times more, and the report has the smallest case.
             phases=[phase for phase in Phase if explain or phase is not Phase.explain],
             # In CI a change is to blame for a red build, never the day: always the same examples. New ones
             # are found by nightly (and at home by dev), whose failures the blob they print reproduces.
