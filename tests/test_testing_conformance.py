@@ -12,8 +12,7 @@ import torch
 from faulty_attention import attention
 
 from hydragen.testing import Problem
-from hydragen.testing.conformance.capabilities import Capabilities, parsed
-from hydragen.testing.conformance.known import read
+from hydragen.testing.conformance.capabilities import Capabilities
 from hydragen.testing.conformance.subject import adapt, bound, load
 from hydragen.testing.pages import in_pages, paged
 
@@ -176,63 +175,6 @@ def test_wrong_options_are_usage_errors(home, options, message):
     done = suite(home, "", *options)
     assert done.returncode in (2, 4), done.stdout
     assert message in done.stdout + done.stderr
-
-
-def test_capabilities_as_values_and_as_text():
-    said = {
-        "dtypes": (torch.float16,),
-        "head_dims": (64, 128),
-        "causal": False,
-        "sinks": "always",
-        "lse": None,
-    }
-    text = ["dtypes=float16", "head_dims=64, 128", "causal=no", "sinks=always"]
-    can = Capabilities().changed(said, "attribute")
-    assert can == Capabilities().changed(parsed(text, "text"), "text")
-    assert can.said() == {"dtypes": "float16", "head_dims": "64,128", "causal": "no", "sinks": "always"}
-    assert Capabilities().changed(can.said(), "itself") == can
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"flash": True}, "capability must be one of dtypes"),
-        ({"causal": "sometimes"}, "causal cannot be 'sometimes': choose from yes, no, always"),
-        ({"dtypes": "float8"}, "choose from float32, float16, bfloat16, float64"),
-        ({"trees": "some"}, "choose from any, prefix, none"),
-        ({"head_dims": "64,x"}, "head_dims cannot be '64,x'"),
-        ({"gqa": 2}, "gqa cannot be 2: choose from yes, no"),
-    ],
-)
-def test_wrong_capabilities_are_named(value, message):
-    with pytest.raises(ValueError, match=message):
-        Capabilities().changed(value, "here")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[[fails]]\nlaw = 'x'", "must have a reason and either law or when"),
-        ("[[fails]]\nlaw = 'x'\nwhen = 'y'\nreason = 'z'", "must have a reason and either law or when"),
-        ("[[fails]]\nwhen = 'problem.nothing'\nreason = 'z'", "has no attribute 'nothing'"),
-        ("[[fails]]\nwhen = 'problem ='\nreason = 'z'", "when must be an expression"),
-        ("[[flaky]]\nlaw = 'x'", "tables must be fails or skips"),
-        ("[[fails", "cannot be read"),
-        ("[[skips]]\nlaw = 3\nreason = 'z'", "must be a table of strings"),
-    ],
-)
-def test_wrong_known_failures_are_named(tmp_path, text, message):
-    path = tmp_path / "known.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read(path)
-
-
-def test_a_law_that_there_is_not(tmp_path):
-    path = tmp_path / "known.toml"
-    path.write_text("[[fails]]\nlaw = 'gravity'\nreason = 'none'")
-    with pytest.raises(ValueError, match="law must be one of inertia, got 'gravity'"):
-        read(path).check_laws({"inertia"})
 
 
 def test_functions_that_cannot_be_loaded():

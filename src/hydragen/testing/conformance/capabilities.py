@@ -163,7 +163,7 @@ class Capabilities:
 def _is_kind_of_tree(problem: Problem, trees: Trees) -> bool:
     roots = 1 if trees == "prefix" else problem.num_nodes
     parents = (*[-1] * roots, *[0] * (problem.num_nodes - roots))
-    own = list(range(roots % problem.num_nodes if trees == "prefix" else 0, problem.num_nodes))
+    own = list(range(1 if trees == "prefix" else 0, problem.num_nodes))
     return trees == "any" or (problem.parents == parents and sorted(problem.row_to_node) == own)
 
 
