@@ -196,7 +196,6 @@ def test_nonsense_in_trees_states_and_explain(seed: int) -> None:
     assert not failures, f"{len(failures)} kinds of failure\n" + "\n".join(failures.values())
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="explain checks no upper bound of q_len yet")
 def test_explain_refuses_numbers_beyond_int64() -> None:
     with pytest.raises((ValueError, TypeError), match="q_len"):
         hydragen.explain(TREE, num_q_heads=4, num_kv_heads=2, head_dim=8, q_len=10**30)

@@ -66,19 +66,23 @@ def as_int_vector(value: object, name: str) -> IntArray:
 
 
 def as_positive_int(value: object, name: str) -> int:
-    """Return `value` as a Python integer of at least 1.
+    """Return `value` as a Python integer of at least 1 that fits in int32.
 
     Raises
     ------
     TypeError
         If `value` is not a single integer (bool is not an integer).
     ValueError
-        If it is less than 1.
+        If it is less than 1 or more than 2**31 - 1.
     """
     expected = f"{name} must be an integer of at least 1"
     number = _as_int(value, expected)
     if number < 1:
         raise ValueError(f"{expected}, got {number}; choose a larger value")
+    if number >= 2**31:
+        raise ValueError(
+            f"{expected} and less than 2**31, got {reprlib.repr(number)}; choose a smaller value"
+        )
     return number
 
 
