@@ -53,8 +53,11 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if "bench" in request.path.relative_to(HERE).parts:
         return
 
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(allocate: Callable[..., Tensor], by_default: bool) -> Callable[..., Tensor]:
         def wrapper(*args: object, **kwargs: object) -> Tensor:
+            if by_default and kwargs.get("device") is None:
+                # torch.device as a context knows the constructors by identity, and this one is not among them
+                kwargs["device"] = torch.get_default_device()
             fresh = allocate(*args, **kwargs)
             if fresh.is_meta or torch.compiler.is_compiling():
                 return fresh
@@ -73,7 +76,8 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
     ):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+        by_default = name in ("empty", "empty_strided")  # takes the default device
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name), by_default))
 
 
 @pytest.fixture(autouse=True)

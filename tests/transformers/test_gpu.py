@@ -30,6 +30,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return made
 
 
+# torch 2.11's product of an expert each (_grouped_mm) copies to the host: these run eagerly, and say so.
+EXPERTS = ("gpt_oss", "deepseek_v2", "deepseek_v3")
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be captured in a CUDA graph:UserWarning")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_gpu_gives_the_tokens_of_a_cpu(family: str, steps: list[Step]) -> None:
     there, here = make_model(family).cuda(), make_model(family)
@@ -39,7 +44,7 @@ def test_a_gpu_gives_the_tokens_of_a_cpu(family: str, steps: list[Step]) -> None
     assert [one.token_ids for one in got] == [one.token_ids for one in expected]
     for a, b in zip(got, expected, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
-    assert any(step.graph is not None for step in steps)
+    assert family in EXPERTS or any(step.graph is not None for step in steps)
 
 
 def test_rows_that_finish_are_dropped_under_graphs(steps: list[Step]) -> None:

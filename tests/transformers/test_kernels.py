@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from models import make_model
+from running_on import INTERPRETED
 
 import hydragen
 from hydragen import api
@@ -20,6 +22,8 @@ def test_the_kernels_give_the_references_tokens(monkeypatch: pytest.MonkeyPatch)
     options: dict[str, Any] = {"max_new_tokens": 3, "min_shared": 1, "logprobs": True}
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [[20, 21], [20]]]
     expected = hydragen.generate(model, *prompts, **options)
+    if torch.cuda.is_available() and not INTERPRETED:
+        model = model.cuda()
     monkeypatch.setattr(attention, "attention", partial(api.attention, backend="triton"))
     monkeypatch.setattr(plans, "plan", partial(api.plan, backend="triton"))
     got = hydragen.generate(model, *prompts, **options)

@@ -88,3 +88,5 @@ attention.capabilities = {  # type: ignore[attr-defined]
 }
 if torch.cuda.is_available():  # the compiled kernel takes no smaller heads
     attention.capabilities["head_dims"] = (16, 32, 64, 128, 256)  # type: ignore[attr-defined]
+    # torch 2.11's inductor finds no kernel for values smaller than keys
+    attention.capabilities["same_head_dim_v"] = True  # type: ignore[attr-defined]

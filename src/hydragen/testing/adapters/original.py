@@ -77,4 +77,8 @@ attention.capabilities = {  # type: ignore[attr-defined]
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 if torch.cuda.is_available():  # what the GPU's kernel takes
-    attention.capabilities |= {"dtypes": ("float16", "bfloat16"), "head_dims": (64, 128)}  # type: ignore[attr-defined]
+    attention.capabilities |= {  # type: ignore[attr-defined]
+        "dtypes": ("float16", "bfloat16"),
+        "head_dims": (64, 128),
+        "scale": False,  # torch 2.11's kernel returns NaN for a negative one
+    }
