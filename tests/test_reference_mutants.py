@@ -77,3 +77,12 @@ def test_the_oracle_refuses_rows_without_an_end() -> None:
     q, k = draw(1, 1, 4).numpy(), draw(2, 1, 4).numpy()
     with pytest.raises(ValueError, match="argument"):
         oracle_tree([q, q], [k], [k], [-1], [0])
+
+
+def test_out_may_have_another_dtype_than_q() -> None:
+    q, k, v = draw(2, 2, 4).half(), draw(1, 3, 1, 4, seed=1).half(), draw(1, 3, 1, 4, seed=2).half()
+    wide = tree_attention(q, [Block(k, v)], out_dtype=torch.float32)
+    narrow = tree_attention(q, [Block(k, v)])
+    assert (wide.out.dtype, narrow.out.dtype) == (torch.float32, torch.float16)
+    assert not torch.equal(wide.out, narrow.out.float())
+    assert torch.equal(wide.out.half(), narrow.out)
