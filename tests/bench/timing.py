@@ -7,7 +7,7 @@ A timer has two methods, so that tests can put another in its place: `ready(run)
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,6 +44,16 @@ def report(benchmark: Any, samples: list[float]) -> None:
     benchmark.pedantic(lambda: CLOCK.advance(next(remaining, 0.0)), rounds=len(samples), iterations=1)
 
 
+class Captured(NamedTuple):
+    """A graph, and what it runs: that holds the tensors whose addresses the graph has."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Run
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
 class GpuTimer:
     """Seconds between two CUDA events around the replay of a graph, an empty graph's few µs included."""
 
@@ -53,7 +63,7 @@ class GpuTimer:
         self.sink = torch.zeros((), dtype=torch.float32, device="cuda")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def ready(self, run: Run) -> torch.cuda.CUDAGraph:
+    def ready(self, run: Run) -> Captured:
         """Run twice, which compiles, plans and allocates, and capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -65,9 +75,9 @@ class GpuTimer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        return graph
+        return Captured(graph, run)
 
-    def time(self, ready: torch.cuda.CUDAGraph) -> float:
+    def time(self, ready: Captured) -> float:
         # The host records and replays while the device still reads the buffer: no gap between the events.
         torch.sum(self.buffer, dim=0, out=self.sink)
         self.start.record()
