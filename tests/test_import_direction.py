@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"ops"},
     {"backends"},
     {"explain"},
+    {"predict"},
     {"validation"},
     {"capacity"},
     {"work"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hydragen.predict import predicted_seconds
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target, target_of
 from hydragen.tiles import Tile
@@ -69,12 +70,15 @@ class Explanation:
         From the roots to the leaves.
     seconds, seconds_unshared : float
         Lower bounds for the whole call: compute and memory traffic overlap perfectly.
+    predicted_seconds : float
+        What the call should take with sharing, launches included, as a replayed graph; fitted to an H200.
     bytes, bytes_unshared, flops : int
     """
 
     segments: tuple[SegmentCost, ...]
     seconds: float
     seconds_unshared: float
+    predicted_seconds: float
     bytes: int
     bytes_unshared: int
     flops: int
@@ -111,8 +115,9 @@ class Explanation:
             "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
         )
         return (
-            f"{table}\nat best {self.seconds * 1e6:,.1f} us with sharing, "
-            f"{self.seconds_unshared * 1e6:,.1f} us without ({self.speedup:.1f}x); "
+            f"{table}\npredicted {self.predicted_seconds * 1e6:,.1f} us; at best, all overlapping, "
+            f"{self.seconds * 1e6:,.1f} us with sharing, {self.seconds_unshared * 1e6:,.1f} us without "
+            f"({self.speedup:.1f}x); "
             f"KV {self.bytes / 1e6:,.1f} MB read instead of {self.bytes_unshared / 1e6:,.1f} MB"
         )
 
@@ -168,16 +173,22 @@ def explain(
     heads = Heads(num_q_heads, num_kv_heads, *dims, dtype.itemsize)
     queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, np.full(tree.num_rows, q_len))
     segments, tiles = find_segments(lens, queries, heads, target, batch_invariant=False)
-    return _explanation(tree, segments, tiles, heads, target)
+    return _explanation(tree, segments, tiles, heads, queries.token.size, target)
 
 
 def explanation(plan: WorkPlan) -> Explanation:
     """Say what a plan does, and what that costs."""
-    return _explanation(plan.tree, plan.work.segments, plan.work.tiles, plan.heads, plan.target)
+    work, num_tokens = plan.work, plan.queries.token.size
+    return _explanation(plan.tree, work.segments, work.tiles, plan.heads, num_tokens, plan.target)
 
 
 def _explanation(
-    tree: PrefixTree, segments: Segments, tiles: tuple[Tile, ...], heads: Heads, target: Target
+    tree: PrefixTree,
+    segments: Segments,
+    tiles: tuple[Tile, ...],
+    heads: Heads,
+    num_tokens: int,
+    target: Target,
 ) -> Explanation:
     num_rows = (tree.row_end - tree.row_begin)[segments.node]
     columns = np.stack(
@@ -204,6 +215,7 @@ def _explanation(
         tuple(costs),
         _bound(flops, shared, target)[0],
         _bound(flops, unshared, target)[0],
+        predicted_seconds(segments, tiles, heads, num_tokens, target),
         shared,
         unshared,
         flops,
