@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "masked": {"CAUSAL": True, "WINDOW": True, "GATHER_Q": True, "HAS_LENS": True, "STRIDED": True},
     "soft cap": {"SOFTCAP": True, "FOLD_SCALE": False, "CAUSAL": True, "FINAL": True, "HAS_LSE": True},
     "padded head_dim": {"PADDED": True, "CAUSAL": True},
+    "growing": {"HAS_LENS": True, "GATHER_Q": True},
     "small pages": {"PAGE_SIZE": 1, "HAS_LENS": True},  # a page for every key
     "large pages": {"PAGE_SIZE": 64, "HAS_LENS": True},  # a page for every step
 }
@@ -143,9 +144,9 @@ def compile_case(case: Case) -> Any:
         for axis in "nth":
             types[f"strides_{side}{axis}"] = ("i32",) * NUM_LEVELS
         types[f"strides_{side}d"] = ("constexpr",) * NUM_LEVELS
-    return _compile(
-        attend, constants, types, case.arch, tile.num_warps, tile.num_stages, tile.max_registers(not variant)
-    )
+    plain = not variant.keys() & {"FINAL", "CAUSAL", "WINDOW", "SOFTCAP", "STRIDED"}
+    registers = tile.max_registers(plain, "PAGE_SIZE" in variant)
+    return _compile(attend, constants, types, case.arch, tile.num_warps, tile.num_stages, registers)
 
 
 def _compile_prefix(case: Case, tile: PrefixTile) -> Any:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from judged import attend, check
+from running_on import INTERPRETED
 from torch import Tensor
 
 import hydragen
@@ -80,7 +81,7 @@ def test_other_rows_do_not_change_a_bit(
     q_len: int, options: dict[str, object], suffix_len: int, backend: str, device: torch.device
 ) -> None:
     alone = first_row(0, q_len, suffix_len, options, backend, device)
-    for batch in (2, 5, 17):
+    for batch in (2, 5, 17) if INTERPRETED else (2, 5, 17, 256):
         together = first_row(batch - 1, q_len, suffix_len, options, backend, device)
         assert torch.equal(together[0], alone[0]), f"out in a batch of {batch}"
         assert torch.equal(together[1], alone[1]), f"lse in a batch of {batch}"

@@ -57,9 +57,12 @@ class Tile:
         """Keys per step of whichever tile runs: splits are multiples of it."""
         return self.block_n if self.prefix is None else max(self.block_n, self.prefix.block_n)
 
-    def max_registers(self, plain: bool) -> int:
-        """Return the cap for a launch; `plain` decoding is contiguous and without masks."""
-        return self.registers if plain else 255
+    def max_registers(self, plain: bool, paged: bool) -> int:
+        """Return the cap for a launch; `plain` decoding is contiguous and without masks.
+
+        Pages cost a few registers more, which only the smallest tile has to spare.
+        """
+        return self.registers if plain and (self.block_m <= 16 or not paged) else 255
 
 
 # (architecture family, padded head dimension) -> tiles by rising block_m, for 2-byte types

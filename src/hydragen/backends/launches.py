@@ -97,7 +97,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         {
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
-            "maxnreg": tile.max_registers(plain),
+            "maxnreg": tile.max_registers(plain, pages is not None),
             "launch_pdl": pdl and index > 0,  # the first waits for all that came before it in the stream
         },
         _kinds(call),
