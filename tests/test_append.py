@@ -1,5 +1,7 @@
 """New tokens written where rows grew, in every layout."""
 
+from typing import Any
+
 import pytest
 import torch
 from steps import BATCH, DIM, HEADS, KV_HEADS, LAYOUTS, PREFIX, ROOM, TREE, growing, normal, queries, suffix
@@ -73,3 +75,34 @@ def test_appending_is_refused_where_it_cannot_work() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="append needs room in the node of every row"):
         full.append((kv.k[:PREFIX], kv.v[:PREFIX]), new, new)
+
+
+@pytest.mark.parametrize("packed_prefix", [True, False])
+def test_levels_of_two_kinds(packed_prefix: bool) -> None:
+    device = torch.device("cpu")
+    (pk, pv), (sk, sv) = growing("levels", device)[0]
+    prefix: Any = PackedKV(pk[0], pv[0], [0, PREFIX]) if packed_prefix else (pk, pv)
+    offsets = list(range(0, BATCH * ROOM + 1, ROOM))
+    own: Any = (sk, sv) if packed_prefix else PackedKV(sk.flatten(0, 1), sv.flatten(0, 1), offsets)
+    lens = torch.zeros(BATCH, dtype=torch.int64)
+    plan = hydragen.plan(TREE, [prefix, own], num_q_heads=HEADS, kv_lens=[None, lens])
+    before, new = sk.clone(), normal(2, BATCH, 1, KV_HEADS, DIM, seed=4)
+    plan.update([None, lens + 1])
+    plan.append([prefix, own], new[0], new[1])
+    stored = sk if packed_prefix else own.k.unflatten(0, (BATCH, ROOM))
+    assert torch.equal(stored[:, :1], new[0])
+    assert torch.equal(stored[:, 1:], before[:, 1:])
+
+
+def test_after_an_append_the_tree_may_become_one_without() -> None:
+    kv, lens, _ = growing("packed", torch.device("cpu"))
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2.0)
+    new = torch.zeros(BATCH, 1, KV_HEADS, DIM)
+    plan.append(kv, new, new)
+    together = PrefixTree.from_parents(TREE.parents, row_to_node=[1, 1, 2, 3, 4])
+    lens[1:] += 1
+    plan.update(lens, tree=together)
+    expected = hydragen.attention(queries(), kv, tree=together, kv_lens=lens)
+    torch.testing.assert_close(plan.run(queries(), kv), expected)
+    with pytest.raises(ValueError, match="append needs every row to end at a node of its own"):
+        plan.append(kv, new, new)

@@ -62,5 +62,8 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
         merge_over_ranks((out, lse))
     with pytest.raises(ValueError, match="state must not require gradients"):
         merge_over_ranks((out.requires_grad_(), lse))
+    for wrong in (torch.int32, torch.bool, "x", float):
+        with pytest.raises(TypeError, match="out_dtype must be None or a floating-point"):
+            merge_over_ranks((torch.zeros(2, 3, 4), lse), out_dtype=wrong)  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeError), match="lse"):
         merge_over_ranks((out, torch.zeros(5)))

@@ -216,3 +216,14 @@ def test_explain_says_what_the_plan_does() -> None:
     assert explanation.bytes_unshared == 64 * (512 + 16) * 2 * 128 * 2
     assert [cost.count for cost in explanation.segments] == [1, 64]
     assert "6 nodes" in repr(hydragen.plan(TREE, packed_layout(TREE, 0, torch.device("cpu")), num_q_heads=4))
+
+
+def test_new_pages_outlast_a_new_tree() -> None:
+    k, v = normal(2, 6, 4, KV_HEADS, DIM)
+    trees = [PrefixTree.from_parents([-1, 0, 0], row_to_node=rows) for rows in ([1, 2], [2, 0])]
+    plan = hydragen.plan(trees[0], PagedKV(k, v, [0, 1, 2, 3], [0, 1, 2]), num_q_heads=HEADS, reserve=2.0)
+    plan.update(page_indices=[3, 4, 5])
+    plan.update(tree=trees[1])
+    moved = PagedKV(k, v, [0, 1, 2, 3], [3, 4, 5])
+    q = queries()[:2]
+    torch.testing.assert_close(plan.run(q, (k, v)), hydragen.attention(q, moved, tree=trees[1]))

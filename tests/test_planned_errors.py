@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hydragen
-from hydragen import PrefixTree
+from hydragen import PackedKV, PagedKV, PrefixTree
 
 
 def names(cases: list[tuple[Any, ...]]) -> list[str]:
@@ -91,3 +91,32 @@ def test_wrong_updates_are_refused() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             plan.update(**update)
+
+
+def test_a_length_fixed_at_first_cannot_grow_by_a_tensor() -> None:
+    tree = PrefixTree.from_parents([-1, 0, 0])
+    kv = [(torch.zeros(1, 10, 2, 8),) * 2, (torch.zeros(2, 10, 2, 8),) * 2]
+    plan = hydragen.plan(tree, kv, num_q_heads=4, kv_lens=[[5], torch.tensor([3, 4])])
+    with pytest.raises(ValueError, match="kv_lens must not exceed the lengths that the plan was made for"):
+        plan.update([torch.tensor([8]), torch.tensor([3, 4])])
+
+
+def test_trees_and_layouts_that_do_not_fit_the_plan() -> None:
+    levels = [(torch.zeros(1, 4, 2, 8),) * 2, (torch.zeros(2, 4, 2, 8),) * 2]
+    tree = PrefixTree.from_parents([-1, 0, 0])
+    plan = hydragen.plan(tree, levels, num_q_heads=4, reserve=3.0)
+    with pytest.raises(ValueError, match="kv must be given with a tree whose nodes have other depths"):
+        plan.update(tree=PrefixTree.from_parents([-1, -1, 0], row_to_node=[1, 2]))
+    pool, table = torch.zeros(3, 4, 2, 8), [0, 1, 2, 3]
+    paged = hydragen.plan(tree, PagedKV(pool, pool, table, [0, 1, 2]), num_q_heads=4, reserve=3.0)
+    with pytest.raises(ValueError, match="kv must have the layout that the plan was made for"):
+        paged.update(kv=PackedKV(pool[0], pool[0], [0, 1, 2, 4]))
+    growing = hydragen.plan(
+        tree,
+        PagedKV(pool, pool, table, [0, 1, 2]),
+        num_q_heads=4,
+        reserve=3.0,
+        kv_lens=torch.tensor([1, 2, 3]),
+    )
+    with pytest.raises(ValueError, match="kv_lens must be given with kv"):
+        growing.update(kv=PagedKV(pool, pool, table, [2, 1, 0]))

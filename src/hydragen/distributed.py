@@ -55,6 +55,10 @@ def merge_over_ranks(
             "state must not require gradients, which do not pass between ranks, got requires_grad=True; "
             "call under torch.no_grad()"
         )
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise TypeError(
+            f"out_dtype must be None or a floating-point torch.dtype, got {out_dtype!r}; None is that of out"
+        )
     if not dist.is_initialized():
         raise RuntimeError(
             "merge_over_ranks needs torch.distributed; call torch.distributed.init_process_group first"

@@ -86,8 +86,12 @@ class PlanState:
 
     def set_rows(self, planned: Planned) -> None:
         """Take over where rows end now."""
-        if self._rows is not None:
+        if self._rows is None:
+            return
+        try:
             self._rows.replace(_row_arrays(planned))
+        except ValueError:  # which is said at the next `append`
+            self._rows = self._slots = None
 
     def refresh(self, planned: Planned, work: WorkPlan) -> None:
         """Compute what follows from lengths, pages and offsets anew, into the same memory."""
@@ -134,14 +138,17 @@ class PlanState:
         index = torch.arange(planned.q_shape[1], device=self.device)
         source = torch.minimum(index, last)
         position = (old + source).clamp(min=0)
-        return Slots(self._places(planned.nodes, slot, position), source.clamp(min=0), source >= 0)
+        ends = planned.tree.row_to_node
+        packed = planned.nodes.packed[int(planned.nodes.level[ends[0]]) if ends.size else 0]
+        places = self._places(planned.nodes, packed, slot, position)
+        return Slots(places, source.clamp(min=0), source >= 0)
 
-    def _places(self, nodes: NodeKV, slot: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    def _places(self, nodes: NodeKV, packed: bool, slot: Tensor, position: Tensor) -> tuple[Tensor, ...]:
         if nodes.pages is not None and self.pages is not None:
             size, num_pages = nodes.pages.size, nodes.pages.num_pages
             page = self.pages[slot + position // size].long().clamp(0, num_pages - 1)
             return page, position % size
-        if nodes.packed[0]:
+        if packed:
             return (slot + position,)
         return slot.expand_as(position).clone(), position
 

@@ -164,8 +164,11 @@ class Plan:
         elif kv_lens is not None:
             room = None if self._state.kv_lens is None else self._work.kv_lens
             lens = check_new_lens(planned, room, kv_lens, validate)
-        if indices is not None:
+        if indices is not None and planned.nodes.pages is not None and self._state.pages is not None:
             self._state.set_pages(indices)
+            # later changes of the tree begin with these
+            pages = planned.nodes.pages._replace(indices=self._state.pages[: indices.numel()])
+            planned = self._planned = self._planned._replace(nodes=self._planned.nodes._replace(pages=pages))
         if offsets is not None and planned.rows.cu_seqlens_q is not None:
             planned.rows.cu_seqlens_q.copy_(offsets)
         if lens is not None:
@@ -186,7 +189,8 @@ class Plan:
             The layer's keys and values, as for `run`.
         k : tensor [num_rows, q_len, num_kv_heads, head_dim]
         v : tensor [num_rows, q_len, num_kv_heads, head_dim_v]
-            Of row r's tokens as many as it grew by are written, from the first on.
+            Of row r's tokens as many as it grew by are written, from the first on. Let no row grow by more
+            than q_len: the rest of its room would stay as it is.
 
         Raises
         ------
@@ -256,6 +260,11 @@ class Plan:
 
     def _change_tree(self, tree: PrefixTree, kv: KV | None, kv_lens: object, validate: bool) -> None:
         planned, device = self._planned, self._device
+        if kv_lens is None and tree is planned.tree and self._lens_given:
+            raise ValueError(
+                "kv_lens must be given with kv in a plan whose lengths may grow, got None; pass how much "
+                "the nodes of the new layout hold"
+            )
         tree, nodes = check_new_tree(planned, self._capacity is not None, tree, kv, validate)
         lens = check_kv_lens(kv_lens, tree, nodes, device, validate, may_grow=True)
         tables = planned.tables if kv is None else tables_of(kv)

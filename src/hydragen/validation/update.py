@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from hydragen.host_ints import IntArray
@@ -27,14 +28,12 @@ def check_new_lens(planned: Planned, room: IntArray | None, kv_lens: object, val
         )
     device = planned.like.device
     lens = check_kv_lens(kv_lens, planned.tree, planned.nodes, device, validate, may_grow=True)
-    over = lens.planned > room
-    for nodes, _ in lens.on_device:
-        over[nodes] = False
+    over = lens.planned > room  # where a tensor gives the length: its capacity, to which it may grow
     if over.any():
         at = int(over.argmax())
         raise ValueError(
-            f"kv_lens must not exceed the lengths that the plan was made for, got {lens.planned[at]} for "
-            f"node {at}, planned for {room[at]}; plan for the capacity, with lengths in tensors"
+            f"kv_lens must not exceed the lengths that the plan was made for, got up to {lens.planned[at]} "
+            f"for node {at}, planned for {room[at]}; plan for the capacity, with lengths in tensors"
         )
     return lens
 
@@ -57,6 +56,11 @@ def check_new_tree(
                 f"kv must be given with a tree of another size, got {tree!r} in place of {before!r}; pass "
                 "the keys and values of any layer in the new layout"
             )
+        if planned.nodes.by_level and not np.array_equal(tree.depth, before.depth):
+            raise ValueError(
+                f"kv must be given with a tree whose nodes have other depths, got {tree!r} in place of "
+                f"{before!r}; level l holds the nodes of depth l"
+            )
         return tree, planned.nodes
     _, nodes, heads = check_kv(kv, tree, before.num_rows, planned.like, validate)
     if heads != planned.heads or len(nodes.k) != len(planned.nodes.k):
@@ -64,7 +68,16 @@ def check_new_tree(
             f"kv must have the heads and levels that the plan was made for, {planned.heads} and "
             f"{len(planned.nodes.k)}, got {heads} and {len(nodes.k)}; plan anew"
         )
+    if _kind_of(nodes) != _kind_of(planned.nodes):
+        raise ValueError(
+            "kv must have the layout that the plan was made for: levels padded or packed alike, or all nodes "
+            "packed, or pages of one size, got another; plan anew"
+        )
     return tree, nodes
+
+
+def _kind_of(nodes: NodeKV) -> tuple[object, ...]:
+    return nodes.by_level, nodes.packed, None if nodes.pages is None else nodes.pages.size
 
 
 def check_new_pages(planned: Planned, page_indices: object, validate: bool) -> Tensor:
