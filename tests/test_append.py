@@ -8,7 +8,7 @@ from steps import BATCH, DIM, HEADS, KV_HEADS, LAYOUTS, PREFIX, ROOM, TREE, grow
 from torch import Tensor
 
 import hydragen
-from hydragen import PackedKV, PrefixTree
+from hydragen import PackedKV, PagedKV, PrefixTree
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,3 +106,20 @@ def test_after_an_append_the_tree_may_become_one_without() -> None:
     torch.testing.assert_close(plan.run(queries(), kv), expected)
     with pytest.raises(ValueError, match="append needs every row to end at a node of its own"):
         plan.append(kv, new, new)
+
+
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_a_frozen_row_may_point_at_a_page_of_another(frozen_first: bool) -> None:
+    """As engines do with rows that have finished: their pages are reused, or set to a dummy."""
+    pool, values = torch.zeros(3, 4, 2, 8), torch.zeros(3, 4, 2, 8)
+    tree = PrefixTree.from_parents([-1, -1])
+    lens = torch.tensor([0, 2] if frozen_first else [2, 0])
+    grown = torch.tensor([0, 3] if frozen_first else [3, 0])
+    plan = hydragen.plan(tree, PagedKV(pool, values, [0, 1, 2], [0, 1]), num_q_heads=4, kv_lens=lens)
+    plan.update(grown, page_indices=[1, 1])
+    new = normal(2, 2, 1, 2, 8, seed=2)
+    plan.append((pool, values), new[0], new[1])
+    live = 1 if frozen_first else 0
+    assert torch.equal(pool[1, 2], new[0][live, 0])
+    assert torch.equal(values[1, 2], new[1][live, 0])
+    assert int((pool != 0).any(-1).any(-1).sum()) == 1

@@ -82,6 +82,7 @@ def test_wrong_updates_are_refused() -> None:
     for plan, update, message in (
         (fixed, {"kv_lens": [None, [1, 2]]}, "plan that was made for fixed lengths"),
         (fixed, {"tree": SMALL}, "plan without reserve"),
+        (fixed, {"validate": "yes"}, "validate must be True or False"),
         (fixed, {"page_indices": [1]}, "plan without pages"),
         (fixed, {"cu_seqlens_q": torch.zeros(3)}, "plan that was made for offsets on the host"),
         (roomy, {"tree": other}, "kv must be given with a tree of another size"),

@@ -195,7 +195,7 @@ def test_fork_gives_every_row_new_empty_nodes() -> None:
     assert forked.kv_lens.tolist() == [10, 3, 4, 0, 0, 0]
     assert forked.row_to_node.tolist() == [3, 4, 5]
     assert forked.path(1).tolist() == [0, 2, 4]
-    assert tree.fork(3).num_rows == 9
+    assert tree.fork(3).num_rows == tree.fork(np.int64(3)).num_rows == 9
     assert tree.fork().path_lens.tolist() == tree.path_lens.tolist()
     ids = PrefixTree.from_token_ids([[1, 2], [1, 3]]).fork(2)
     assert ids.node_tokens(2).tolist() == [3]

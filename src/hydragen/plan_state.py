@@ -26,9 +26,9 @@ class Slots(NamedTuple):
     place : one or two int64 tensors
         Indices into the first dimensions of a level, packed tensor or pool.
     source : int64
-        Which of the row's new tokens is written there.
+        Which of all new tokens, row after row, is written there.
     fresh : bool
-        Whether it is written at all; if not, what is there is written once more.
+        Whether anything is written at all; if not, what is there is written once more.
     """
 
     place: tuple[Tensor, ...]
@@ -131,17 +131,23 @@ class PlanState:
             self._rows = Uploaded(_row_arrays(planned), self.device)
         node, slot, capacity = (x.long()[:, None] for x in self._rows.parts)
         old, new = before.long()[node], lens.long()[node]  # [num_rows, 1]
-        # Tokens without room, or that a row has not grown by, are written where the last one goes, with the
-        # value of that one; in a row that has not grown, with what is there. So no two writes to one place
-        # differ, and none depends on their order.
-        last = torch.minimum(new, capacity) - 1 - old
-        index = torch.arange(planned.q_shape[1], device=self.device)
-        source = torch.minimum(index, last)
-        position = (old + source).clamp(min=0)
+        # A token without room, or that its row has not grown by, is not written: it repeats the write of
+        # one that is. So no two writes to one place differ, and none depends on their order; a row that
+        # has not grown may even share its pages with others. If none is written, each repeats what is there.
+        q_len = planned.q_shape[1]
+        index = torch.arange(q_len, device=self.device)
+        written = index < torch.minimum(new, capacity) - old  # [num_rows, q_len]
+        position = torch.where(written, old + index, 0)
+        tokens = torch.arange(node.shape[0], device=self.device)[:, None] * q_len + index
         ends = planned.tree.row_to_node
         packed = planned.nodes.packed[int(planned.nodes.level[ends[0]]) if ends.size else 0]
         places = self._places(planned.nodes, packed, slot, position)
-        return Slots(places, source.clamp(min=0), source >= 0)
+        if not written.numel():
+            return Slots(places, tokens, written)
+        # as a vector of one: a number would be read back from the device
+        first = written.flatten().to(torch.int32).argmax()[None]
+        chosen = [torch.where(written, x, x.flatten().index_select(0, first)) for x in (*places, tokens)]
+        return Slots(tuple(chosen[:-1]), chosen[-1], written.any().expand_as(written).clone())
 
     def _places(self, nodes: NodeKV, packed: bool, slot: Tensor, position: Tensor) -> tuple[Tensor, ...]:
         if nodes.pages is not None and self.pages is not None:

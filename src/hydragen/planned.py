@@ -19,7 +19,7 @@ from hydragen.plan_state import PlanState
 from hydragen.target import target_of
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
-from hydragen.validation import Call, check_options
+from hydragen.validation import Call, check_bool, check_options
 from hydragen.validation.planned import Planned, check_append, check_run, tables_of
 from hydragen.validation.update import (
     check_new_lens,
@@ -149,6 +149,7 @@ class Plan:
         TypeError, ValueError
             If something does not fit the plan.
         """
+        check_bool(validate, "validate")
         planned = self._planned
         # all checks first: an update that raises has changed nothing
         lens: KVLens | None = None
@@ -202,7 +203,7 @@ class Plan:
         cache_k, cache_v = check_append(planned, kv, k, v)
         place, source, fresh = self._state.slots(planned)
         for cache, new in ((cache_k, k), (cache_v, v)):
-            value = new.gather(1, source[:, :, None, None].expand(-1, -1, *new.shape[2:]))
+            value = new.flatten(0, 1)[source]
             cache.index_put_(place, torch.where(fresh[:, :, None, None], value, cache[place]))
 
     def explain(self) -> Explanation:

@@ -12,7 +12,7 @@ Arrays = tuple[IntArray, IntArray | None, IntArray, IntArray | None]
 def forked(arrays: Arrays, counts: object) -> Arrays:
     """Give row r counts[r] successors, each at a new, empty node under its own."""
     parents, kv_lens, row_to_node, token_ids = arrays
-    given = np.full(row_to_node.size, counts) if isinstance(counts, int) else counts
+    given = np.full(row_to_node.size, counts) if isinstance(counts, (int, np.integer)) else counts
     each = as_int_vector(given, "counts")
     if each.size != row_to_node.size or (each < 0).any():
         raise ValueError(
