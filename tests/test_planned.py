@@ -1,5 +1,7 @@
 """Plan once, run for every layer, update in place: equal to attention() at every step."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -227,3 +229,15 @@ def test_new_pages_outlast_a_new_tree() -> None:
     moved = PagedKV(k, v, [0, 1, 2, 3], [3, 4, 5])
     q = queries()[:2]
     torch.testing.assert_close(plan.run(q, (k, v)), hydragen.attention(q, moved, tree=trees[1]))
+
+
+def test_a_plan_keeps_no_keys_and_values_alive() -> None:
+    kv = packed_layout(TREE, 0, torch.device("cpu"))
+    gone = [weakref.ref(kv.k), weakref.ref(kv.v)]
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, reserve=2.0)
+    plan.update(kv=kv)
+    plan.run(queries(), kv)
+    del kv
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+    assert plan.tree is TREE

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hydragen.host_ints import IntArray, frozen
@@ -120,6 +121,11 @@ class NodeKV(NamedTuple):
         if self.packed[level]:
             return self.k[level][slot : slot + capacity], self.v[level][slot : slot + capacity]
         return self.k[level][slot], self.v[level][slot]
+
+    def without_data(self) -> NodeKV:
+        """Return the same layout whose tensors have shapes only: it keeps no memory alive."""
+        k, v = (tuple([torch.empty_like(x, device="meta") for x in xs]) for xs in (self.k, self.v))
+        return self._replace(k=k, v=v)
 
 
 @lru_cache(maxsize=64)

@@ -62,7 +62,8 @@ def check_plan(
     head_dim = first.shape[-1] if first.dim() else 0
     like = first.new_empty((0, num_heads, head_dim))
     _, nodes, heads = check_kv(kv, tree, tree.num_rows, like, validate)
-    return Planned(tree, nodes, heads, (*leading, num_heads, head_dim), rows, like, tables_of(kv))
+    shape = (*leading, num_heads, head_dim)
+    return Planned(tree, nodes.without_data(), heads, shape, rows, like, tables_of(kv))
 
 
 def _first_keys(kv: object) -> object:

@@ -73,7 +73,7 @@ def check_new_tree(
             "kv must have the layout that the plan was made for: levels padded or packed alike, or all nodes "
             "packed, or pages of one size, got another; plan anew"
         )
-    return tree, nodes
+    return tree, nodes.without_data()
 
 
 def _kind_of(nodes: NodeKV) -> tuple[object, ...]:
