@@ -49,6 +49,6 @@ if __name__ == "__main__":
         sys.stdout.flush()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # Without the interpreter's own end: now and then a thread of gloo outlives it, and then the process aborts
+    # Without the end of the interpreter: now and then a thread of gloo outlives it, and the process aborts
     # ("terminate called without an active exception").
     os._exit(0)
