@@ -179,7 +179,7 @@ def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib as mpl  # noqa: PLC0415 - an extra
 
     mpl.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - after the choice of a backend
 
     names = {"ours": "hydragen", "fa2": "FlashAttention-2 (float32: SDPA math)", "original": "original merge"}
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype and row["ours"] > 0 for row in rows)]

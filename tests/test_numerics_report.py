@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "ci"))
 
-import numerics  # noqa: E402
+import numerics  # noqa: E402 - from ci/, found by the line above
 
 
 def test_cells_cover_what_is_asked_for():

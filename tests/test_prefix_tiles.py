@@ -150,8 +150,8 @@ def test_a_launch_reads_one_level_and_nothing_is_lost() -> None:
 def test_which_calls_it_serves(what: str) -> None:
     """The plain tile stays behind it: options and layouts belong to the run, not to the plan."""
     from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
-    from hydragen.backends.prefix import PrefixLauncher  # noqa: PLC0415
-    from hydragen.backends.tokens import locate  # noqa: PLC0415
+    from hydragen.backends.prefix import PrefixLauncher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
 
     q, kv = zeros(256, 2, 8, 64), levels([(1, 512), (256, 16)])
     given: dict[str, Any] = {

@@ -62,7 +62,7 @@ def test_flashinfers_cascade() -> None:
 
 def test_flashinfer_missing_is_said() -> None:
     try:
-        import flashinfer  # noqa: F401, PLC0415
+        import flashinfer  # noqa: F401, PLC0415 - whether it is there
     except ImportError:
         with pytest.raises(ModuleNotFoundError, match="needs the package flashinfer-python"):
             flashinfer_cascade.attention(TWO, TWO.tensors())

@@ -34,8 +34,8 @@ def package(tmp_path, monkeypatch):
     for name, text in PACKAGE.items():
         (folder / name).write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(str(tmp_path))
-    import plantation.high  # noqa: PLC0415
-    import plantation.low  # noqa: PLC0415
+    import plantation.high  # noqa: PLC0415 - made by this test
+    import plantation.low  # noqa: PLC0415 - the same
 
     yield plantation
     for name in [name for name in sys.modules if name.partition(".")[0] == "plantation"]:
@@ -114,10 +114,10 @@ def test_only_python_source_can_be_patched(module):
 @pytest.mark.triton
 def test_a_bug_can_be_planted_in_a_kernel():
     pytest.importorskip("triton")
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - only this test needs it
 
-    import hydragen  # noqa: PLC0415
-    from hydragen.testing import Problem, assert_within_budget, run  # noqa: PLC0415
+    import hydragen  # noqa: PLC0415 - the same
+    from hydragen.testing import Problem, assert_within_budget, run  # noqa: PLC0415 - the same
 
     def implementation(problem, inputs):
         made = problem.as_packed(inputs)

@@ -1,5 +1,7 @@
 """The command line: hydragen generate | bench | demo. Needs the extra `cli`."""
 
+# torch and transformers take seconds to import, which --help need not take: functions import them ("slow").
+
 from __future__ import annotations
 
 import runpy
@@ -66,10 +68,10 @@ def generate(
     Answers are written as they finish. After an interruption the same command goes on where it stopped:
     nothing is lost and nothing is made twice. A larger n adds answers to those that are there.
     """
-    from transformers import AutoTokenizer  # noqa: PLC0415  (seconds, which --help need not take)
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow
 
-    from hydragen.transformers import stream  # noqa: PLC0415
-    from hydragen.transformers.jsonl import Answers, Job, read_prompts  # noqa: PLC0415
+    from hydragen.transformers import stream  # noqa: PLC0415 - slow
+    from hydragen.transformers.jsonl import Answers, Job, read_prompts  # noqa: PLC0415 - slow
 
     draws = temperature != 0 and (temperature is not None or n > 1 or top_k is not None or top_p is not None)
     sampling: dict[str, Any] = {"do_sample": draws}
@@ -133,7 +135,7 @@ def bench(
     off; the prefix stored once but read by every sequence; transformers' generate with the prefix copied; and
     the bound, which is attention switched off plus the least time its memory traffic and arithmetic take.
     """
-    from hydragen.transformers.bench import (  # noqa: PLC0415
+    from hydragen.transformers.bench import (  # noqa: PLC0415 - slow
         Case,
         append_csv,
         measure,
@@ -200,7 +202,7 @@ def config_name(path: Path) -> str:
 
 def load(path: str, dtype: Dtype, device: str) -> Any:
     """Load a model with the hydragen attention."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="hydragen", dtype=dtype.value)
     return model.to(pick(device)).eval()
@@ -208,10 +210,10 @@ def load(path: str, dtype: Dtype, device: str) -> Any:
 
 def load_config(path: Path, dtype: Dtype, device: str) -> Any:
     """Make a model with random weights, directly on its device."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - slow
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow
 
-    import hydragen.transformers  # noqa: F401, PLC0415  (registers the attention)
+    import hydragen.transformers  # noqa: F401, PLC0415 - slow; registers the attention
 
     config = AutoConfig.from_pretrained(path)
     chosen = getattr(config, "dtype", None) or torch.float32 if dtype is Dtype.auto else dtype.value
@@ -222,7 +224,7 @@ def load_config(path: Path, dtype: Dtype, device: str) -> Any:
 
 def pick(device: str) -> str:
     """Return the device to use."""
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - slow
 
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 

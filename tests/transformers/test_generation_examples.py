@@ -12,7 +12,7 @@ from test_cli import model_folder  # noqa: F401  (a fixture)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_chat(model_folder: Path) -> None:  # noqa: F811
+def test_chat(model_folder: Path) -> None:  # noqa: F811 - the fixture
     talk = "ann: w5 w6\nbob: w7\n\nbob: w8\n\nann: w9 w10\ncid: w11\n"
     done = subprocess.run(
         [sys.executable, ROOT / "examples/chat.py", "--model", model_folder, "--max-new-tokens", "3"],

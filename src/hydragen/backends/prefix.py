@@ -17,7 +17,7 @@ from hydragen.work import Launch, WorkPlan
 
 try:  # Gluon is an experimental part of Triton: where its names differ, the plain tile serves everything
     from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, TensorDescriptor, attend_prefix
-except (ImportError, AttributeError) as error:  # pragma: no cover
+except (ImportError, AttributeError) as error:  # pragma: no cover - the pinned Triton has it
     WHY_NOT: str | None = f"{type(error).__name__}: {error}"
 else:
     WHY_NOT = None

@@ -102,7 +102,7 @@ class Batch:
         # Questions may begin with the same few letters: too few to be worth a node of their own.
         tree = PrefixTree.from_token_ids(sequences, min_shared=32)
         assert tree.kv_lens is not None  # noqa: S101  (for mypy: from_token_ids knows the lengths)
-        assert tree.token_ids is not None  # noqa: S101
+        assert tree.token_ids is not None  # noqa: S101  (the same)
         first_position = np.repeat(tree.node_start - tree.kv_offsets[:-1], tree.kv_lens)
         positions = np.arange(tree.token_ids.size) + first_position
         features = embedding.features(tree.token_ids, positions)

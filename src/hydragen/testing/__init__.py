@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
     if name != "problems":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from hydragen.testing.strategies import problems  # noqa: PLC0415
+        from hydragen.testing.strategies import problems  # noqa: PLC0415 - optional
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise

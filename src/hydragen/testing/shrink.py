@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,16 +84,16 @@ def _structures(problem: Problem) -> Iterator[Callable[[], Problem]]:
         yield lambda: _only_rows(problem, range(rows // 2))
         yield lambda: _only_rows(problem, range(rows // 2, rows))
         for row in range(rows):
-            yield lambda row=row: _only_rows(problem, [other for other in range(rows) if other != row])  # type: ignore[misc]
+            yield partial(_only_rows, problem, [other for other in range(rows) if other != row])
     if nodes > 1:
         for node in range(nodes):
-            yield lambda node=node: _without_node(problem, node)  # type: ignore[misc]
+            yield partial(_without_node, problem, node)
         for node in range(nodes):
             if problem.parents[node] >= 0:
-                yield lambda node=node: _changed(problem, "parents", node, -1)  # type: ignore[misc]
+                yield partial(_changed, problem, "parents", node, -1)
     for row in range(rows):
         if problem.row_to_node[row] > 0:
-            yield lambda row=row: _changed(problem, "row_to_node", row, 0)  # type: ignore[misc]
+            yield partial(_changed, problem, "row_to_node", row, 0)
 
 
 def _sizes(problem: Problem) -> Iterator[Callable[[], Problem]]:
@@ -104,23 +105,21 @@ def _sizes(problem: Problem) -> Iterator[Callable[[], Problem]]:
     for name, least in (("kv_lens", 0), ("q_lens", 1)):
         for index, length in enumerate(getattr(problem, name)):
             for shorter in _shorter(length, least):
-                yield lambda name=name, index=index, shorter=shorter: _changed(problem, name, index, shorter)  # type: ignore[misc]
+                yield partial(_changed, problem, name, index, shorter)
     group = problem.group_size
     for kv_heads in _shorter(problem.num_kv_heads, 1):
-        yield lambda kv_heads=kv_heads: replace(  # type: ignore[misc]
-            problem, num_kv_heads=kv_heads, num_q_heads=kv_heads * group
-        )
+        yield partial(replace, problem, num_kv_heads=kv_heads, num_q_heads=kv_heads * group)
     for size in _shorter(group, 1):
-        yield lambda size=size: replace(problem, num_q_heads=problem.num_kv_heads * size)  # type: ignore[misc]
+        yield partial(replace, problem, num_q_heads=problem.num_kv_heads * size)
     if problem.head_dim == problem.head_dim_v:
         for dim in _shorter(problem.head_dim, 1):
-            yield lambda dim=dim: replace(problem, head_dim=dim, head_dim_v=dim)  # type: ignore[misc]
+            yield partial(replace, problem, head_dim=dim, head_dim_v=dim)
     for name in ("head_dim", "head_dim_v"):
         for dim in _shorter(getattr(problem, name), 1):
-            yield lambda name=name, dim=dim: _with(problem, {name: dim})  # type: ignore[misc]
+            yield partial(_with, problem, {name: dim})
     if problem.window is not None:
         for window in _shorter(problem.window, 1):
-            yield lambda window=window: replace(problem, window=window)  # type: ignore[misc]
+            yield partial(replace, problem, window=window)
 
 
 def _options(problem: Problem) -> Iterator[Callable[[], Problem]]:
@@ -137,7 +136,7 @@ def _options(problem: Problem) -> Iterator[Callable[[], Problem]]:
     }
     for name, default in defaults.items():
         if getattr(problem, name) != default:
-            yield lambda name=name, default=default: _with(problem, {name: default})  # type: ignore[misc]
+            yield partial(_with, problem, {name: default})
 
 
 def _shorter(length: int, least: int) -> Iterator[int]:

@@ -19,7 +19,7 @@ from hydragen.tree import PrefixTree
 def attention_replaced(other: Callable[[PrefixLayer, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
     """Let models read what a PrefixCache holds by `other`."""
     usual = layer_attention.read_levels
-    layer_attention.read_levels = other  # type: ignore[assignment]
+    layer_attention.read_levels = other  # type: ignore[assignment]  # replaced on purpose
     try:
         yield
     finally:

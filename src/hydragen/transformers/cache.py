@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 8192
 
 
-class PrefixCache(Cache):  # type: ignore[misc]
+class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transformers
     """A key-value cache in which rows share the tokens they have in common.
 
     Row r holds a path of shared tokens, stored once and read once per step for all rows, and a tail of its
@@ -189,6 +189,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
         if mine.lens.any():
             tails = tuple(layer.kv()[-1] for layer in self.layers)
             levels, parents = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails)), chosen
+        # another one of this class
         forked._start(self.model, Rows(levels, frozen(parents), mine.num_layers, mine.device))  # noqa: SLF001
         forked._weights = self._weights  # noqa: SLF001
         forked._begin(self._logits.of_rows(chosen), self._pending[chosen])  # noqa: SLF001

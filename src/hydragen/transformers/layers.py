@@ -18,7 +18,7 @@ from hydragen.transformers.rows import Rows
 _HANDED_OVER = threading.local()
 
 
-class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
+class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read transformers
     """Keys and values of one layer: shared levels, read only, and a tail per row that grows.
 
     `update` returns the layer itself in place of keys and values: the model hands both on to the attention

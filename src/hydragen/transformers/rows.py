@@ -145,7 +145,7 @@ class Rows:
         lens = self.lens_on_device[self.slots]
         self.step.target.copy_(self.first_target + lens)
         self.lens_on_device.index_add_(0, self.slots, active.to(torch.int32))
-        self.step.plans.update()  # type: ignore[union-attr]
+        self.step.plans.update()  # type: ignore[union-attr]  # decode steps have made them
         self.prepared = True
         return self.first_position + lens
 

@@ -66,6 +66,7 @@ def attention(problem: Problem, inputs: Inputs) -> Tensor:
     return out
 
 
+# mypy does not know that functions may have attributes.
 attention.capabilities = {  # type: ignore[attr-defined]
     "trees": "prefix",
     "paged": True,

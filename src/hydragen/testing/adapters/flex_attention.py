@@ -54,12 +54,12 @@ def attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     if problem.window is not None:
         visible &= distance < problem.window
 
-    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - its signature
         return visible[query, key]
 
     cap = problem.softcap
 
-    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - its signature
         return score if cap is None else cap * torch.tanh(score / cap)
 
     call: Any = _compiled() if device.type == "cuda" else flex_attention
@@ -81,6 +81,7 @@ def attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out[0].transpose(0, 1), aux.lse[0].transpose(0, 1)
 
 
+# mypy does not know that functions may have attributes.
 attention.capabilities = {  # type: ignore[attr-defined]
     "sinks": False,
     "lse": True,

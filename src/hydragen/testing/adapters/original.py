@@ -66,6 +66,7 @@ def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
     return out.to(outs.dtype), largest + total.log()
 
 
+# mypy does not know that functions may have attributes.
 attention.capabilities = {  # type: ignore[attr-defined]
     "trees": "prefix",
     "same_head_dim_v": True,

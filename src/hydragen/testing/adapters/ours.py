@@ -63,4 +63,4 @@ def triton(problem: Problem, inputs: Inputs) -> hydragen.AttentionState:
 
 _device = "cuda" if torch.cuda.is_available() else "cpu"
 for _function, _on in ((attention, _device), (reference, "cpu"), (triton, _device)):
-    _function.capabilities = {"paged": True, "lse": True, "device": _on}  # type: ignore[attr-defined]
+    _function.capabilities = {"paged": True, "lse": True, "device": _on}  # type: ignore[attr-defined]  # a function

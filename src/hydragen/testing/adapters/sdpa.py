@@ -28,6 +28,7 @@ def attention(problem: Problem, inputs: Inputs) -> Tensor:
     return torch.cat(out)
 
 
+# mypy does not know that functions may have attributes.
 attention.capabilities = {  # type: ignore[attr-defined]
     "softcap": False,
     "sinks": False,
