@@ -48,6 +48,13 @@ VARIANTS: dict[str, dict[str, int]] = {
     "small pages": {"PAGE_SIZE": 1, "HAS_LENS": True},  # a page for every key
     "large pages": {"PAGE_SIZE": 64, "HAS_LENS": True},  # a page for every step
 }
+# Several segments one after another: of the smallest tile only.
+RUN_VARIANTS: dict[str, dict[str, int]] = {
+    "run": {"RUNS": True},
+    "run, one partial": {"RUNS": True, "FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
+    "run, masked": {"RUNS": True, "CAUSAL": True, "WINDOW": True, "GATHER_Q": True, "HAS_LENS": True},
+    "run, small pages": {"RUNS": True, "PAGE_SIZE": 1, "HAS_LENS": True, "FINAL": True},
+}
 # The same for the specialised prefix tile, which serves fewer kinds of call.
 PREFIX_VARIANTS: dict[str, dict[str, int]] = {
     "decode": {},
@@ -86,7 +93,8 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
             for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
                 for size in (head_dim, head_dim - 3):  # a row of whole 16-byte words, and one of odd length
                     for tile in tiles_for(target, size, size, itemsize):
-                        found += [Case(arch, dtype, size, tile, variant) for variant in VARIANTS]
+                        variants = [*VARIANTS, *RUN_VARIANTS] if tile.block_m <= 16 else [*VARIANTS]
+                        found += [Case(arch, dtype, size, tile, variant) for variant in variants]
             found.append(Case(arch, "bf16", head_dim, None, "decode"))
     if 90 in architectures:
         found += [
@@ -118,11 +126,12 @@ def compile_case(case: Case) -> Any:
     if isinstance(case.tile, PrefixTile):
         return _compile_prefix(case, case.tile)
     tile = case.tile
-    variant = VARIANTS[case.variant]
+    variant = (VARIANTS | RUN_VARIANTS)[case.variant]
     itemsize = 4 if case.dtype == "fp32" else 2
     head_dim = case.head_dim - 8 if variant.get("PADDED") else case.head_dim
     on: dict[str, Any] = {name: variant.get(name, False) for name in (
-        "GATHER_Q", "HAS_LENS", "HAS_SINKS", "HAS_LSE", "FINAL", "CAUSAL", "WINDOW", "SOFTCAP",
+        "GATHER_Q", "HAS_LENS", "HAS_SINKS", "HAS_LSE", "FINAL", "RUNS", "CAUSAL", "WINDOW",
+        "SOFTCAP",
     )}  # fmt: skip
     constants = on | {
         "q_len": 1, "stride_qd": 1, "GROUP_SIZE": GROUP_SIZE, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,

@@ -26,6 +26,8 @@ FLOORS: list[set[str]] = [
     {"validation"},
     {"capacity"},
     {"work"},
+    {"layout"},
+    {"apart", "runs"},
     {"queries"},
     {"testing"},
     {"lengths"},

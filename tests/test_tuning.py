@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from hydragen import PrefixTree
+from hydragen.layout import Segments
 from hydragen.queries import Heads, Queries
 from hydragen.target import H100, H200, INTERPRETER, Target, target_of
 from hydragen.tiles import Tile, tiles_for
 from hydragen.tuning import INVARIANT_SPLIT, choose_tiles, stream_seconds
-from hydragen.work import Segments, find_segments
+from hydragen.work import find_segments
 
 ARCHITECTURES = (0, 80, 86, 87, 89, 90, 100, 103, 120)
 GPUS = (Target(80, 108, 312e12, 2.0e12), H100, H200, Target(100, 148, 2000e12, 8e12))
@@ -29,7 +30,7 @@ def segments_of(
     q_lens = np.full(tree.num_rows, q_len)
     queries = Queries.of(tree, np.cumsum(q_lens) - q_lens, q_lens)
     assert tree.kv_lens is not None
-    return find_segments(tree.kv_lens, queries, heads, target, batch_invariant)
+    return find_segments(tree, tree.kv_lens, queries, heads, target, batch_invariant)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -179,5 +180,5 @@ def test_heads_per_program_on_an_h200(
     tree = PrefixTree.from_levels([[prefix], [suffix] * batch])
     queries = Queries.of(tree, np.arange(batch), np.ones(batch, np.int64))
     assert tree.kv_lens is not None
-    segments, _ = find_segments(tree.kv_lens, queries, Heads(32, heads, 128, 128, 2), H200, False)
+    segments, _ = find_segments(tree, tree.kv_lens, queries, Heads(32, heads, 128, 128, 2), H200, False)
     assert set(segments.heads[1:]) == {expected}

@@ -1,8 +1,9 @@
 """Laws of the work table, in plain integers: what the kernels are told to do is the whole work, once."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 import hydragen.work
 from hydragen import PrefixTree
 from hydragen.kv import NodeKV, levels_tree, node_kv_of_levels, node_kv_of_packed
+from hydragen.layout import ITEM_COLUMNS, LINK_COLUMNS
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, INTERPRETER, Target
-from hydragen.work import ITEM_COLUMNS, WorkPlan, make_work_plan
+from hydragen.work import WorkPlan, make_work_plan
 
 A100 = Target(arch=80, num_sms=108, flops=312e12, bandwidth=2.0e12)
 B200 = Target(arch=100, num_sms=148, flops=2000e12, bandwidth=8e12)
@@ -74,18 +76,27 @@ def plans() -> Iterator[WorkPlan]:
 def work(request: pytest.FixtureRequest) -> Iterator[list[WorkPlan]]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "short splits":
-            patch.setattr(hydragen.work, "split_size", lambda *_, **__: 16)
+            patch.setattr(hydragen.work, "split_size", lambda _, __, tile, *_3, **_4: tile.step)
         yield list(plans())
 
 
 def entries(plan: WorkPlan) -> Iterator[tuple[dict[str, int], int, int, range]]:
-    """Each item as (columns, block_m, rows per token, the rows of the item that it computes)."""
+    """Each segment of each item as (columns, block_m, rows per token, the rows of the item that it computes).
+
+    `columns` also has the `number` of the item: other segments of it have the same.
+    """
+    number = 0
     for launch in plan.work.launches:
         rows_per_token = launch.heads * plan.heads.group_size
         for values in launch.items.tolist():
-            item = dict(zip(ITEM_COLUMNS, values, strict=True))
+            item = dict(zip(ITEM_COLUMNS, values, strict=True)) | {"number": number}
+            number += 1
             end = min(item["row_begin"] + launch.tile.block_m, item["num_tok"] * rows_per_token)
-            yield item, launch.tile.block_m, rows_per_token, range(item["row_begin"], end)
+            computed = range(item["row_begin"], end)
+            yield item, launch.tile.block_m, rows_per_token, computed
+            for link in launch.links[item["link_begin"] : item["link_end"]].tolist():
+                further = item | dict(zip(LINK_COLUMNS, link, strict=True))
+                yield further, launch.tile.block_m, rows_per_token, computed
 
 
 def expected_pairs(plan: WorkPlan) -> Counter[tuple[int, int, int]]:
@@ -137,11 +148,14 @@ def test_items_say_where_the_keys_lie(work: list[WorkPlan]) -> None:
 
 def test_partial_rows_are_unique(work: list[WorkPlan]) -> None:
     for plan in work:
-        owner: dict[int, tuple[int, int, int]] = {}
+        owner: dict[int, tuple[int, int]] = {}
+        of_item: dict[tuple[int, int], int] = {}  # row blocks of one split are other items
         for item, _, rows_per_token, computed in entries(plan):
             for row in computed:
                 local = row // rows_per_token
-                mine = (item["tok_begin"] + local, item["node"], item["begin"])
+                token = item["tok_begin"] + local
+                split = of_item.setdefault((item["dest"] + local, token), item["dest"])
+                mine = (token, split)
                 assert owner.setdefault(item["dest"] + local, mine) == mine
         if plan.work.final:
             continue
@@ -164,8 +178,11 @@ def test_merge_lists_are_complete_and_go_from_root_to_leaf(work: list[WorkPlan])
         for token, row in enumerate(plan.queries.row.tolist()):
             place = {node: depth for depth, node in enumerate(plan.tree.path(row).tolist())}
             mine = [(place[node], begin, dest) for (t, node, begin), dest in written.items() if t == token]
-            assert indices[indptr[token] : indptr[token + 1]] == [dest for *_, dest in sorted(mine)]
-            seen += len(mine) > 1
+            # segments of one item, side by side on the path, have one partial together
+            partials = [dest for dest, _ in groupby(dest for *_, dest in sorted(mine))]
+            assert indices[indptr[token] : indptr[token + 1]] == partials
+            assert len(set(partials)) == len(partials)
+            seen += len(partials) > 1
     assert seen > 100, "hardly any token has two partials: this tests little"
 
 
@@ -186,12 +203,12 @@ def test_depth_and_nodes_add_no_launches() -> None:
 def test_final_means_one_partial_for_every_token(work: list[WorkPlan]) -> None:
     kinds = set()
     for plan in work:
-        partials: Counter[int] = Counter()
+        partials: dict[int, set[int]] = defaultdict(set)
         for item, _, rows_per_token, computed in entries(plan):
-            partials.update(
-                {item["tok_begin"] + row // rows_per_token for row in computed if row % rows_per_token == 0}
-            )
-        each_one = all(partials[token] == 1 for token in range(plan.queries.token.size))
+            for row in computed:
+                if row % rows_per_token == 0:
+                    partials[item["tok_begin"] + row // rows_per_token].add(item["number"])
+        each_one = all(len(partials.get(token, ())) == 1 for token in range(plan.queries.token.size))
         assert plan.work.final == (each_one and not plan.batch_invariant)
         assert (plan.work.num_partials == 0) == (plan.work.final or not partials)
         kinds.add(plan.work.final)
@@ -201,10 +218,10 @@ def test_final_means_one_partial_for_every_token(work: list[WorkPlan]) -> None:
 def test_the_longest_items_come_first(work: list[WorkPlan]) -> None:
     for plan in work:
         for launch in plan.work.launches:
-            keys = [
-                item[ITEM_COLUMNS.index("end")] - item[ITEM_COLUMNS.index("begin")] for item in launch.items
-            ]
-            assert keys == sorted(keys, reverse=True)
+            keys: dict[int, int] = defaultdict(int)
+            for item, *_ in entries(replace(plan, work=replace(plan.work, launches=(launch,)))):
+                keys[item["number"]] += item["end"] - item["begin"]
+            assert list(keys.values()) == sorted(keys.values(), reverse=True)
 
 
 def test_tokens_of_a_node_are_side_by_side() -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hydragen.layout import ITEM_COLUMNS, Launch
 from hydragen.tiles import Tile
-from hydragen.work import ITEM_COLUMNS, Launch, WorkPlan
+from hydragen.work import WorkPlan
 
 # Items of a kind of tile that a first tree does not use at all.
 _LEAST_ITEMS = 16

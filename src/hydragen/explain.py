@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hydragen.host_ints import IntArray
+from hydragen.layout import Segments
 from hydragen.predict import predicted_seconds
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target, target_of
 from hydragen.tiles import Tile
 from hydragen.tree import PrefixTree
 from hydragen.validation.explain import check_cuda, check_explain
-from hydragen.work import Segments, WorkPlan, find_segments
+from hydragen.work import WorkPlan, find_segments
 
 
 @dataclass(frozen=True)
@@ -172,33 +174,40 @@ def explain(
     target = H200 if device is None else target_of(check_cuda(device))
     heads = Heads(num_q_heads, num_kv_heads, *dims, dtype.itemsize)
     queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, np.full(tree.num_rows, q_len))
-    segments, tiles = find_segments(lens, queries, heads, target, batch_invariant=False)
-    return _explanation(tree, segments, tiles, heads, queries.token.size, target)
+    segments, tiles = find_segments(tree, lens, queries, heads, target, batch_invariant=False)
+    return _explanation(tree, lens, segments, tiles, heads, queries, target)
 
 
 def explanation(plan: WorkPlan) -> Explanation:
     """Say what a plan does, and what that costs."""
-    work, num_tokens = plan.work, plan.queries.token.size
-    return _explanation(plan.tree, work.segments, work.tiles, plan.heads, num_tokens, plan.target)
+    work = plan.work
+    return _explanation(
+        plan.tree, plan.kv_lens, work.segments, work.tiles, plan.heads, plan.queries, plan.target
+    )
 
 
 def _explanation(
     tree: PrefixTree,
+    kv_lens: IntArray,
     segments: Segments,
     tiles: tuple[Tile, ...],
     heads: Heads,
-    num_tokens: int,
+    queries: Queries,
     target: Target,
 ) -> Explanation:
-    num_rows = (tree.row_end - tree.row_begin)[segments.node]
+    # a row of the table for each node of each run
+    rows_before = np.append(0, np.cumsum(np.diff(queries.row, prepend=-1) != 0))
+    run = np.repeat(np.arange(segments.node.size), np.diff(segments.indptr))
+    first = segments.tok_begin[run]
+    num_tok = segments.num_tok[run]
     columns = np.stack(
         [
-            tree.depth[segments.node],
-            segments.kv_len,
-            num_rows,
-            segments.num_tok,
-            segments.tile,
-            segments.split_size,
+            tree.depth[segments.links],
+            kv_lens[segments.links],
+            rows_before[first + num_tok] - rows_before[first],
+            num_tok,
+            segments.tile[run],
+            segments.split_size[run],
         ],
         1,
     )
@@ -215,7 +224,7 @@ def _explanation(
         tuple(costs),
         _bound(flops, shared, target)[0],
         _bound(flops, unshared, target)[0],
-        predicted_seconds(segments, tiles, heads, num_tokens, target),
+        predicted_seconds(segments, tiles, heads, queries.token.size, target),
         shared,
         unshared,
         flops,

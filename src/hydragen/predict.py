@@ -6,10 +6,10 @@ replay of a CUDA graph. For other devices the same shares of their peaks are ass
 
 from __future__ import annotations
 
+from hydragen.layout import Segments
 from hydragen.queries import Heads
 from hydragen.target import Target
 from hydragen.tiles import Tile
-from hydragen.work import Segments
 
 # Seconds from the beginning of the first launch to the end of the last, without work.
 _LAUNCHES = 8e-6

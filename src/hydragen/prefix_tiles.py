@@ -62,6 +62,7 @@ PREFIX_TILES: dict[str, PrefixTile] = {
     "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 66]: one suffix program
     "narrow+1": PrefixTile(64, 3, 2, 128, 176, beside=1),  # [16,384; 130]: one
     "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: two
+    "d256": PrefixTile(64, 2, 2, 168, 240, q_shared=True),  # for head_dim 256
     "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: two, or a second program of its own
 }
 

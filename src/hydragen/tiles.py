@@ -96,6 +96,17 @@ _FLOAT_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 256): (Tile(16, 16, 8, 1, True),),
     (100, 64): (Tile(16, 16, 4, 2, True, 2), Tile(32, 32, 8, 1, True)),
 }
+@dataclass(frozen=True)
+class MergeShape:
+    """How the merge is launched: query heads per program, partials in flight per head, warps."""
+
+    heads: int
+    unroll: int
+    num_warps: int
+
+
+# For many tokens, and for few, whose partials are many and arrive one latency after another.
+MERGES = {"many": MergeShape(8, 4, 4), "few": MergeShape(1, 16, 1)}
 # Most registers of a thread in the merge. Left alone, ptxas spills a little for sm_100.
 _MERGE_REGISTERS = {100: 96}
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from hydragen.host_ints import IntArray
 from hydragen.prefix_tiles import MIN_ROWS, prefix_tile_for
 from hydragen.target import Target
-from hydragen.tiles import Tile
+from hydragen.tiles import MERGES, MergeShape, Tile
 
 # Keys per split under batch_invariant: fixed, so that no neighbour in the batch moves a boundary.
 INVARIANT_SPLIT = 2048
+# Programs of one warp per multiprocessor up to which the merge has one head in each.
+_MERGE_PROGRAMS = 8
 # Start and end of a program: table, queries, first keys; the partial.
 _PROGRAM_SECONDS = 3e-6
 # Share of the device's peak that a compute-bound tile reaches.
@@ -25,6 +27,15 @@ _COMPUTE_EFFICIENCY = 0.6
 # Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
 # memory.
 _PROGRAM_BANDWIDTH = 40e9
+
+
+def merge_shape(num_tokens: int, num_q_heads: int, target: Target, batch_invariant: bool) -> MergeShape:
+    """Return how to merge: for few tokens with one head a program, many partials in flight.
+
+    `batch_invariant` takes the same code for any number of tokens.
+    """
+    few = num_tokens * num_q_heads <= _MERGE_PROGRAMS * target.num_sms
+    return MERGES["few" if few and not batch_invariant else "many"]
 
 
 def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool) -> IntArray:
@@ -218,6 +229,7 @@ def split_size(
     slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
     compute = flops_per_key * slots / (_COMPUTE_EFFICIENCY * target.flops)  # seconds per key of a busy device
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
+    few = int(programs.sum()) < 2 * target.num_sms
     best, best_time = longest, float("inf")
     for num_splits in range(1, 129):
         size = math.ceil(longest / num_splits / tile.step) * tile.step
@@ -230,6 +242,8 @@ def split_size(
         waves = -(-total // slots) if total < 8 * slots else total / slots
         if tile.block_m > 16:
             busy = waves * (size * compute + _PROGRAM_SECONDS)
+        elif few:
+            busy = stream_seconds(total, size * bytes_per_key, tile, target, 0, 0) + _PROGRAM_SECONDS
         else:
             busy = max(traffic, waves * (size * latency + _PROGRAM_SECONDS))
         time = max(busy, beside) + num_splits * seconds_per_split

@@ -11,73 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hydragen.apart import apart_nodes
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
+from hydragen.layout import Segments, Work, lay_out_work
 from hydragen.queries import Heads, Queries
+from hydragen.runs import find_runs
 from hydragen.target import Target
 from hydragen.tiles import Tile, tiles_for
 from hydragen.tree import PrefixTree
 from hydragen.tuning import choose_tiles, heads_per_program, prefer_medium, specialise, split_size
 
-# The columns of the work table, as kernels/attend.py reads them.
-ITEM_COLUMNS = ("node", "level", "slot", "begin", "end", "tok_begin", "num_tok", "row_begin", "dest")
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """All work of one kind of tile: one launch of `items` x num_kv_heads / `heads` programs."""
-
-    tile: Tile
-    heads: int
-    items: NDArray[np.int32]
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """The segments that somebody attends to, root to leaf.
-
-    Of each its node, keys, query tokens, tile, KV heads per program and split size.
-    """
-
-    node: IntArray
-    kv_len: IntArray
-    tok_begin: IntArray
-    num_tok: IntArray
-    tile: IntArray
-    heads: IntArray
-    split_size: IntArray
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """The tables of one attention call.
-
-    Attributes
-    ----------
-    segments : Segments
-    tiles : the tiles that `segments.tile` indexes
-    launches : one per kind of tile that has work
-    final : bool
-        Every token has one partial: the tiles write the output themselves and there is no merge.
-    num_partials : int
-        Rows of the partial buffers, each [num_q_heads, head_dim_v].
-    merge_indptr, merge_indices : int32
-        Compressed rows: query token t (in tree order) merges partial rows indices[indptr[t]:indptr[t + 1]],
-        root to leaf.
-    """
-
-    segments: Segments
-    tiles: tuple[Tile, ...]
-    launches: tuple[Launch, ...]
-    final: bool
-    num_partials: int
-    merge_indptr: NDArray[np.int32]
-    merge_indices: NDArray[np.int32]
-
 
 def find_segments(
+    tree: PrefixTree,
     kv_lens: IntArray,
     queries: Queries,
     heads: Heads,
@@ -86,17 +34,19 @@ def find_segments(
     fixed_heads: Mapping[Tile, int] | None = None,
     specialised: bool = True,
 ) -> tuple[Segments, tuple[Tile, ...]]:
-    """Return what there is to attend to, with a tile and a split size for each segment.
+    """Return what there is to attend to, with a tile and a split size for each run of segments.
 
     Parameters
     ----------
+    tree : PrefixTree
     kv_lens : int64 [num_nodes]
         Keys in each node, or its capacity where the length lives on the device.
     """
     tiles = tiles_for(target, heads.head_dim, heads.head_dim_v, heads.itemsize)
-    num_tok = queries.end - queries.begin
-    node = np.flatnonzero((kv_lens > 0) & (num_tok > 0))
-    kv_len, num_tok = kv_lens[node], num_tok[node]
+    joins = fixed_heads is None and specialised and not batch_invariant
+    apart = apart_nodes(tree, kv_lens, queries, heads, tiles[0], target) if joins else None
+    runs = find_runs(tree, kv_lens, queries, apart, tiles[0].step)
+    kv_len, num_tok = runs.kv_len, runs.num_tok
     rows = num_tok * heads.group_size
     tile = choose_tiles(rows, tiles, batch_invariant)
     dims = heads.head_dim + heads.head_dim_v
@@ -151,85 +101,8 @@ def find_segments(
         )
         occupied += int((programs * -(-kv_len[chosen] // size[chosen])).sum())
         beside = tiles[index].beside
-    return Segments(node, kv_len, queries.begin[node], num_tok, tile, together, size), tiles
-
-
-def lay_out_work(
-    nodes: NodeKV,
-    queries: Queries,
-    segments: Segments,
-    tiles: tuple[Tile, ...],
-    heads: Heads,
-    may_be_final: bool,
-) -> Work:
-    """Cut the segments into splits and row blocks, give each its place, and list every token's partials.
-
-    With `may_be_final` there is no merge where every token has one partial.
-    """
-    num_splits = -(-segments.kv_len // segments.split_size)
-    split_of, split = _expand(num_splits)
-    begin = split * segments.split_size[split_of]
-    end = np.minimum(begin + segments.split_size[split_of], segments.kv_len[split_of])
-    tok_begin, num_tok = segments.tok_begin[split_of], segments.num_tok[split_of]
-    partials_before = np.append(0, np.cumsum(num_tok))
-    node = segments.node[split_of]
-
-    num_tokens = queries.token.size
-    entry_of, within = _expand(num_tok)
-    token_of_partial = tok_begin[entry_of] + within
-    partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
-    final = may_be_final and bool((partials_per_token == 1).all())
-
-    # One launch per kind of tile, the specialised one per level of KV. The largest first: they are bound by
-    # compute, and what follows fills the room they leave.
-    num_levels = len(nodes.k)
-    one_level = np.array([tile.prefix is not None for tile in tiles])[segments.tile[split_of]]
-    kind = (segments.tile[split_of] + 1) * num_levels - np.where(one_level, nodes.level[node], 0)
-    launches = []
-    for this in np.unique(kind)[::-1]:
-        tile, chosen = tiles[-(-this // num_levels) - 1], np.flatnonzero(kind == this)
-        # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay
-        # together
-        chosen = chosen[np.argsort(begin[chosen] - end[chosen], kind="stable")]
-        together = int(segments.heads[split_of[chosen[0]]])
-        blocks = -(-num_tok[chosen] * heads.group_size * together // tile.block_m)
-        which, block = _expand(blocks)
-        source = chosen[which]
-        columns = {
-            "node": node[source],
-            "level": nodes.level[node[source]],
-            "slot": nodes.slot[node[source]],
-            "begin": begin[source],
-            "end": end[source],
-            "tok_begin": tok_begin[source],
-            "num_tok": num_tok[source],
-            "row_begin": block * tile.block_m,
-            "dest": partials_before[source],
-        }
-        table = np.stack([columns[name] for name in ITEM_COLUMNS], axis=1)
-        launches.append(Launch(tile, together, table.astype(np.int32)))
-
-    if final:
-        empty = np.zeros(0, np.int32)
-        return Work(segments, tiles, tuple(launches), True, 0, empty, empty)
-    order = np.argsort(token_of_partial, kind="stable")
-    indptr = np.append(0, np.cumsum(partials_per_token))
-    return Work(
-        segments,
-        tiles,
-        tuple(launches),
-        False,
-        int(partials_before[-1]),
-        indptr.astype(np.int32),
-        order.astype(np.int32),
-    )
-
-
-def _expand(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Return (i, j) for i over `counts` and j over range(counts[i]), as two flat arrays."""
-    owner = np.repeat(np.arange(counts.size), counts)
-    first = np.cumsum(counts) - counts
-    return owner, np.arange(owner.size) - first[owner]
+    parts = (runs.node, kv_len, runs.tok_begin, num_tok, runs.indptr, runs.links)
+    return Segments(*parts, tile, together, size, tiles[0].step), tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,10 +161,10 @@ def make_work_plan(
     """
     queries = Queries.of(tree, q_starts, q_lens)
     segments, tiles = find_segments(
-        kv_lens, queries, heads, target, batch_invariant, fixed_heads, specialised
+        tree, kv_lens, queries, heads, target, batch_invariant, fixed_heads, specialised
     )
     # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
     # whether all rows have one partial is a matter of the others.
     may_be_final = fixed_heads is None and not batch_invariant
-    work = lay_out_work(nodes, queries, segments, tiles, heads, may_be_final)
+    work = lay_out_work(nodes, kv_lens, queries, segments, tiles, heads, may_be_final)
     return WorkPlan(tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant)

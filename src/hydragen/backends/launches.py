@@ -12,13 +12,12 @@ from hydragen.kernels.merge import merge
 from hydragen.kv import Strides
 from hydragen.queries import Heads
 from hydragen.tiles import merge_registers
+from hydragen.tuning import merge_shape
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
 # A factor that is 0 in float32 must not meet a masked logit: 0 times -inf is NaN.
 _SMALLEST = 1.2e-38
-MERGE_HEADS = 8
-MERGE_UNROLL = 4
 
 
 def padded(size: int, itemsize: int) -> int:
@@ -79,6 +78,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         options.sinks is not None and final,  # HAS_SINKS
         options.return_lse,  # HAS_LSE
         final,  # FINAL
+        launch.links.shape[0] > 0,  # RUNS
         pdl,  # PDL
         options.causal and masked,  # CAUSAL
         options.window is not None,  # WINDOW
@@ -110,13 +110,14 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
 def merge_launcher(plan: WorkPlan, call: Call, tokens: Tokens) -> Launcher:
     """Return the merge of every token's partials; its tensors are those of `kernels.merge.merge`."""
     heads, sinks = plan.heads, call.options.sinks
-    block_h = min(MERGE_HEADS, 1 << (heads.num_q_heads - 1).bit_length())
+    shape = merge_shape(plan.queries.token.size, heads.num_q_heads, plan.target, plan.batch_invariant)
+    block_h = min(shape.heads, 1 << (heads.num_q_heads - 1).bit_length())
     pdl = _dependent_launches(plan) and len(plan.work.launches) > 0
     constants = (
         heads.head_dim_v,
         block_h,
         padded(heads.head_dim_v, heads.itemsize),
-        MERGE_UNROLL,
+        shape.unroll,
         tokens.token is not None,  # GATHER_Q
         sinks is not None,  # HAS_SINKS
         call.options.return_lse,  # HAS_LSE
@@ -128,7 +129,7 @@ def merge_launcher(plan: WorkPlan, call: Call, tokens: Tokens) -> Launcher:
         (plan.queries.token.size, -(-heads.num_q_heads // block_h), 1),
         (heads.num_q_heads,),
         constants,
-        {"num_warps": 4, "maxnreg": merge_registers(plan.target), "launch_pdl": pdl},
+        {"num_warps": shape.num_warps, "maxnreg": merge_registers(plan.target), "launch_pdl": pdl},
         _kinds(call),
     )
 

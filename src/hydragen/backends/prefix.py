@@ -10,10 +10,11 @@ from torch import Tensor
 from hydragen.backends.launch import LOG2_E, Launcher
 from hydragen.backends.tokens import Tokens
 from hydragen.kv import NodeKV, Strides
+from hydragen.layout import Launch
 from hydragen.prefix_tiles import PrefixTile
 from hydragen.queries import Heads
 from hydragen.validation import Call
-from hydragen.work import Launch, WorkPlan
+from hydragen.work import WorkPlan
 
 try:  # Gluon is an experimental part of Triton: where its names differ, the plain tile serves everything
     from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, TensorDescriptor, attend_prefix
@@ -44,7 +45,7 @@ class PrefixLauncher:
 
     def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
         """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them."""
-        q, ks, vs, out, lse, part_out, part_lse, sinks, items, token, _, _, kv_lens, _ = tensors
+        q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, token, _, _, kv_lens, _ = tensors
         k, v = ks[self._level], vs[self._level]
         if k.data_ptr() % 16 or v.data_ptr() % 16:
             self._plain(tensors, aligned)
@@ -91,7 +92,7 @@ def _describable(strides: Strides, size: int, heads: Heads, nodes: NodeKV, level
     slot, row, head, dim = strides
     one_slot = not nodes.packed[level] and nodes.k[level].shape[0] == 1
     even = row % 8 == 0 and row >= heads.num_kv_heads * size  # steps of 16 bytes
-    return size in (64, 128) and head == size and dim == 1 and even and (one_slot or slot % row == 0)
+    return size in (64, 128, 256) and head == size and dim == 1 and even and (one_slot or slot % row == 0)
 
 
 def prefix_launcher(

@@ -11,6 +11,7 @@ from torch import Tensor
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV, node_kv_of_packed
+from hydragen.runs import Runs, find_runs
 from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
@@ -93,7 +94,7 @@ def _to_caller_order(values: Tensor, token: Tensor | None, size: int) -> Tensor:
 
 def _blocks(plan: WorkPlan, call: Call, tokens: Tokens) -> Iterator[decomposed.Block]:
     """Yield the segments grouped into blocks: one depth, equal query counts, keys of like length."""
-    segments = plan.work.segments
+    segments = find_runs(plan.tree, plan.kv_lens, plan.queries, None, 1)
     nodes = call.nodes
     node, num_tok = segments.node, segments.num_tok
     # lengths within a factor of two of one another share a block; a padded level has one capacity anyway
@@ -105,11 +106,11 @@ def _blocks(plan: WorkPlan, call: Call, tokens: Tokens) -> Iterator[decomposed.B
     _, group = np.unique(keys, axis=0, return_inverse=True)
     group = group.reshape(-1)
     for index in range(int(group.max(initial=-1)) + 1):
-        yield _block(plan, call, tokens, np.flatnonzero(group == index))
+        yield _block(plan, call, tokens, segments, np.flatnonzero(group == index))
 
 
-def _block(plan: WorkPlan, call: Call, tokens: Tokens, chosen: IntArray) -> decomposed.Block:
-    segments, nodes, device = plan.work.segments, call.nodes, call.q.device
+def _block(plan: WorkPlan, call: Call, tokens: Tokens, segments: Runs, chosen: IntArray) -> decomposed.Block:
+    nodes, device = call.nodes, call.q.device
     node = segments.node[chosen]
     level, slots = int(nodes.level[node[0]]), nodes.slot[node]
     k, v = nodes.k[level], nodes.v[level]

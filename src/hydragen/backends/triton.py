@@ -35,11 +35,11 @@ class _Workspace(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """A plan's tables on a device: the items of each launch, every token's partials; and an lse of no
+    """A plan's tables on a device: items and links of each launch, every token's partials; and an lse of no
     elements.
     """
 
-    items: tuple[Tensor, ...]
+    items: tuple[tuple[Tensor, Tensor], ...]
     merge_indptr: Tensor
     merge_indices: Tensor
     no_lse: Tensor
@@ -88,7 +88,7 @@ def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionSt
             aligned = alignment(given)
             buffers = (q, call.nodes.k, call.nodes.v, out, lse, part_out, part_lse, sinks)
             for launcher, items in zip(attends, tables.items, strict=True):
-                launcher((*buffers, items, *ints), aligned)
+                launcher((*buffers, *items, *ints), aligned)
         if merges is not None:
             merges(
                 (part_out, part_lse, out, lse, sinks, tables.merge_indptr, tables.merge_indices, token),
@@ -121,7 +121,8 @@ def _tables(plan: WorkPlan, device: torch.device) -> _Tables:
     found: tuple[Uploaded, _Tables] | None = plan.uploads.get(("tables", device))
     if found is None:
         uploaded = Uploaded(_table_arrays(plan), device)
-        *items, indptr, indices = uploaded.parts
+        *parts, indptr, indices = uploaded.parts
+        items = zip(parts[::2], parts[1::2], strict=True)
         no_lse = torch.empty(0, dtype=torch.float32, device=device)
         found = plan.uploads["tables", device] = (uploaded, _Tables(tuple(items), indptr, indices, no_lse))
     return found[1]
@@ -129,7 +130,8 @@ def _tables(plan: WorkPlan, device: torch.device) -> _Tables:
 
 def _table_arrays(plan: WorkPlan) -> list[NDArray[np.int32]]:
     work = plan.work
-    return [*(launch.items for launch in work.launches), work.merge_indptr, work.merge_indices]
+    tables = (table for launch in work.launches for table in (launch.items, launch.links))
+    return [*tables, work.merge_indptr, work.merge_indices]
 
 
 def _launchers(
