@@ -23,13 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from hydragen.backends.launches import MERGE_HEADS, MERGE_UNROLL, padded
+from hydragen.backends.launches import padded
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.target import Target
-from hydragen.tiles import Tile, merge_registers, tiles_for
+from hydragen.tiles import MERGES, MergeShape, Tile, few_tile, merge_registers, tiles_for
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical
@@ -63,6 +63,9 @@ PREFIX_VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
+_PREFIX_SIZES = (("bf16", 64), ("bf16", 128), ("fp16", 128))
+
+
 @dataclass(frozen=True)
 class Case:
     """One kernel to compile."""
@@ -70,13 +73,13 @@ class Case:
     arch: int
     dtype: str
     head_dim: int
-    tile: Tile | PrefixTile | None  # None: the merge
+    tile: Tile | PrefixTile | MergeShape
     variant: str
 
     def __str__(self) -> str:
         tile = self.tile
-        if tile is None:
-            shape = "merge"
+        if isinstance(tile, MergeShape):
+            shape = f"merge {tile.heads}x{tile.unroll}"
         elif isinstance(tile, PrefixTile):
             shape = f"prefix {next(name for name, other in PREFIX_TILES.items() if other == tile)}"
         else:
@@ -92,15 +95,16 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
         for head_dim in (64, 128, 256):
             for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
                 for size in (head_dim, head_dim - 3):  # a row of whole 16-byte words, and one of odd length
-                    for tile in tiles_for(target, size, size, itemsize):
+                    tiles = tiles_for(target, size, size, itemsize)
+                    for tile in dict.fromkeys((*tiles, few_tile(tiles))):
                         variants = [*VARIANTS, *RUN_VARIANTS] if tile.block_m <= 16 else [*VARIANTS]
                         found += [Case(arch, dtype, size, tile, variant) for variant in variants]
-            found.append(Case(arch, "bf16", head_dim, None, "decode"))
+            found += [Case(arch, "bf16", head_dim, shape, "decode") for shape in MERGES.values()]
     if 90 in architectures:
         found += [
             Case(90, dtype, head_dim, tile, variant)
-            for tile in PREFIX_TILES.values()
-            for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp16", 128))
+            for name, tile in PREFIX_TILES.items()
+            for dtype, head_dim in ([("bf16", 256)] if name == "256" else _PREFIX_SIZES)
             for variant in (PREFIX_VARIANTS if dtype == "bf16" else ["decode"])
         ]
     return found
@@ -108,7 +112,7 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
 
 def compile_case(case: Case) -> Any:
     """Compile one case as the launcher would for typical arguments: 16-byte aligned, even strides."""
-    if case.tile is None:
+    if isinstance(case.tile, MergeShape):
         flags: dict[str, Any] = {
             "GATHER_Q": True,
             "HAS_SINKS": True,
@@ -117,12 +121,12 @@ def compile_case(case: Case) -> Any:
             "INTERPRET": False,
         }
         constants = flags | {
-            "HEAD_DIM_V": case.head_dim, "BLOCK_H": MERGE_HEADS, "BLOCK_DV": padded(case.head_dim, 2),
-            "UNROLL": MERGE_UNROLL,
+            "HEAD_DIM_V": case.head_dim, "BLOCK_H": case.tile.heads,
+            "BLOCK_DV": padded(case.head_dim, 2), "UNROLL": case.tile.unroll,
         }  # fmt: skip
         types: dict[str, Any] = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
         registers = merge_registers(Target(case.arch, 132, 1.0, 1.0)) or None
-        return _compile(merge, constants, types, case.arch, 4, 3, registers)
+        return _compile(merge, constants, types, case.arch, case.tile.num_warps, 3, registers)
     if isinstance(case.tile, PrefixTile):
         return _compile_prefix(case, case.tile)
     tile = case.tile

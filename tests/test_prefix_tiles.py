@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hydragen
 from hydragen import PackedKV, PagedKV, tuning
-from hydragen.prefix_tiles import MIN_ROWS, PREFIX_TILES, PrefixTile, prefix_tile_for
+from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile, min_rows, prefix_tile_for
 from hydragen.target import H200, Target
 from hydragen.validation import check_attention
 from hydragen.work import WorkPlan, make_work_plan
@@ -67,12 +67,11 @@ def special(plan: WorkPlan) -> list[bool]:
 
 
 def test_nobody_gets_it_before_it_is_measured() -> None:
-    _, plan = planned(zeros(512, 1, 8, 64), levels([(1, 4096), (512, 16)]))
-    assert not any(special(plan))
     some = {"traffic": 1.0, "num_tasks": 64, "num_sms": 132}
     assert prefix_tile_for(80, 128, 128, 2, **some) is None
     assert prefix_tile_for(100, 128, 128, 2, **some) is None
     assert prefix_tile_for(90, 128, 64, 2, **some) is None
+    assert prefix_tile_for(90, 96, 96, 2, **some) is None
     assert prefix_tile_for(90, 128, 128, 4, **some) is None
 
 
@@ -92,7 +91,7 @@ def test_what_is_best_for_a_shape(traffic: float, num_tasks: int, name: str, per
 
 @pytest.mark.usefixtures("chosen")
 def test_from_so_many_rows_on() -> None:
-    for group_rows, expected in ((MIN_ROWS, True), (MIN_ROWS - 4, False)):
+    for group_rows, expected in ((min_rows(128), True), (min_rows(128) - 4, False)):
         _, plan = planned(zeros(group_rows // 4, 1, 8, 64), levels([(1, 4096), (group_rows // 4, 16)]))
         assert special(plan) == [expected, False]
 

@@ -1,21 +1,29 @@
-"""Which nodes are not worth a partial result of their own: they are attended within the runs below them."""
+"""Which nodes are not worth a partial result of their own: they are attended within the runs below them.
+
+Measured on an H200 (docs/experiments.md, section 15).
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hydragen.forest import path_sums
 from hydragen.host_ints import IntArray
 from hydragen.queries import Heads, Queries
 from hydragen.target import Target
 from hydragen.tiles import Tile
 from hydragen.tree import PrefixTree
 
+# Steps of the longest path, and programs per multiprocessor, up to which nothing is worth sharing.
+_SMALL_STEPS = 4
+_SMALL_PROGRAMS = 2
 
-def apart_nodes(
+
+def is_small(
     tree: PrefixTree, kv_lens: IntArray, queries: Queries, heads: Heads, tile: Tile, target: Target
-) -> NDArray[np.bool_] | None:
-    """Return for each node whether it is attended in the runs below it; None if no node is.
+) -> bool:
+    """Return whether there is so little to do that each sequence is best attended on its own, in one launch.
 
     Parameters
     ----------
@@ -24,13 +32,37 @@ def apart_nodes(
     queries : Queries
     heads : Heads
     tile : Tile
-        The smallest: the one that can attend to several nodes.
+        The one that would be taken.
     target : Target
+    """
+    last = tree.row_to_node[queries.row]
+    changes = np.flatnonzero(np.diff(last, prepend=-1, append=-1))
+    if changes.size < 2 or (changes.size - 1) * heads.num_kv_heads > _SMALL_PROGRAMS * target.num_sms:
+        return False
+    if int(np.diff(changes).max()) * heads.group_size > tile.block_m:
+        return False
+    return int(path_sums(tree.parents, -(-kv_lens // tile.step)).max()) <= _SMALL_STEPS
+
+
+def apart_nodes(
+    tree: PrefixTree, queries: Queries, heads: Heads, tile: Tile, small: bool
+) -> NDArray[np.bool_] | None:
+    """Return for each node whether it is attended in the runs below it; None if no node is.
+
+    Parameters
+    ----------
+    tree : PrefixTree
+    queries : Queries
+    heads : Heads
+    tile : Tile
+        The smallest: the one that can attend to several nodes.
+    small : bool
+        `is_small`: all nodes are but the last of each path.
     """
     tokens = queries.end - queries.begin
     child = np.flatnonzero(tree.parents >= 0)
     parent = tree.parents[child]
     same = (tokens[child] == tokens[parent]) & (tokens[parent] * heads.group_size <= tile.block_m)
     apart = np.zeros(tree.num_nodes, np.bool_)
-    apart[parent[same]] = True
+    apart[parent if small else parent[same]] = True
     return apart if apart.any() else None

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 # The specialised tile pays from here on: below, most rows of its two consumers would be padding.
-MIN_ROWS = 256
+_MIN_ROWS = 256
+# At head_dim 256 from one consumer's rows on: the plain tile has room for 16 keys a step only.
+_MIN_ROWS_256 = 64
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,19 @@ PREFIX_TILES: dict[str, PrefixTile] = {
     "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 66]: one suffix program
     "narrow+1": PrefixTile(64, 3, 2, 128, 176, beside=1),  # [16,384; 130]: one
     "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: two
-    "d256": PrefixTile(64, 2, 2, 168, 240, q_shared=True),  # for head_dim 256
     "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: two, or a second program of its own
+    "256": PrefixTile(64, 2, 1, 168, 240, q_shared=True),  # for head_dim 256: [22,528; 63], nothing
 }
 
 # (head_dim, head_dim_v) for which the choice below has been measured, and the plain tile is slower.
-_MEASURED = {(128, 128)}
+_MEASURED = {(64, 64), (128, 128), (256, 256)}
 # Below this ratio of the memory traffic beside the prefix to its compute, nothing needs room beside it.
 _LITTLE_TRAFFIC = 0.72
+
+
+def min_rows(head_dim: int) -> int:
+    """Return from how many stacked query rows on the specialised tile pays."""
+    return _MIN_ROWS_256 if head_dim > 128 else _MIN_ROWS
 
 
 def prefix_tile_for(
@@ -82,7 +89,7 @@ def prefix_tile_for(
     num_tasks: int,
     num_sms: int,
 ) -> PrefixTile | None:
-    """Return the tile for shared segments of MIN_ROWS query rows and more; None: the plain one.
+    """Return the tile for shared segments of `min_rows` query rows and more; None: the plain one.
 
     The fastest tile leaves no room beside it, and so do all of its kind that keep every multiprocessor busy:
     measured on the 52 shapes of tests/bench/peers_h200.csv (docs/experiments.md), it is the best where the
@@ -95,7 +102,7 @@ def prefix_tile_for(
     arch : int
         Compute capability times ten: only 90 has these instructions.
     head_dim, head_dim_v : int
-        128 each; others have not been measured.
+        64, 128 or 256 each; others have not been measured.
     itemsize : int
         Bytes per element: 2.
     traffic : float
@@ -105,6 +112,10 @@ def prefix_tile_for(
     """
     if arch != 90 or itemsize != 2 or (head_dim, head_dim_v) not in _MEASURED:
         return None
+    if head_dim == 256:
+        return PREFIX_TILES["256"]  # the only one that fits
+    if head_dim == 64:
+        return replace(PREFIX_TILES["narrow+2"], persistent=True)
     if traffic < _LITTLE_TRAFFIC:
         return replace(PREFIX_TILES["wide"], persistent=True)
     if num_tasks > num_sms:

@@ -81,6 +81,9 @@ _HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 16, 8, 2, True)),
     (100, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2)),
 }
+# The smallest tile where there are few programs, each with few keys: fewer and longer steps, since what
+# counts is one program's latency.
+_FEW_TILES = {(90, 128): Tile(16, 64, 4, 3, False, 2)}
 # 2-byte types whose rows are not a multiple of 16 bytes: loads of single elements need many more registers
 _UNALIGNED_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (0, 256): _HALF_TILES[0, 256],
@@ -96,6 +99,8 @@ _FLOAT_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 256): (Tile(16, 16, 8, 1, True),),
     (100, 64): (Tile(16, 16, 4, 2, True, 2), Tile(32, 32, 8, 1, True)),
 }
+
+
 @dataclass(frozen=True)
 class MergeShape:
     """How the merge is launched: query heads per program, partials in flight per head, warps."""
@@ -114,6 +119,11 @@ _MERGE_REGISTERS = {100: 96}
 def merge_registers(target: Target) -> int:
     """Return the cap on the registers of the merge, 0 for none."""
     return max((cap for arch, cap in _MERGE_REGISTERS.items() if arch <= target.arch), default=0)
+
+
+def few_tile(tiles: tuple[Tile, ...]) -> Tile:
+    """Return the smallest tile of `tiles`, as `tiles_for` returns them, for few programs with few keys."""
+    return next((tile for key, tile in _FEW_TILES.items() if _HALF_TILES[key] == tiles), tiles[0])
 
 
 def tiles_for(target: Target, head_dim: int, head_dim_v: int, itemsize: int) -> tuple[Tile, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydragen.host_ints import IntArray
-from hydragen.prefix_tiles import MIN_ROWS, prefix_tile_for
+from hydragen.prefix_tiles import min_rows, prefix_tile_for
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile
 
@@ -22,6 +22,8 @@ INVARIANT_SPLIT = 2048
 _MERGE_PROGRAMS = 8
 # Start and end of a program: table, queries, first keys; the partial.
 _PROGRAM_SECONDS = 3e-6
+# What one more partial of a token costs the merge where nothing hides it.
+_PARTIAL_SECONDS = 0.04e-6
 # Share of the device's peak that a compute-bound tile reaches.
 _COMPUTE_EFFICIENCY = 0.6
 # Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
@@ -29,13 +31,16 @@ _COMPUTE_EFFICIENCY = 0.6
 _PROGRAM_BANDWIDTH = 40e9
 
 
-def merge_shape(num_tokens: int, num_q_heads: int, target: Target, batch_invariant: bool) -> MergeShape:
-    """Return how to merge: for few tokens with one head a program, many partials in flight.
+def merge_shape(
+    num_tokens: int, num_q_heads: int, most_partials: int, target: Target, batch_invariant: bool
+) -> MergeShape:
+    """Return how to merge: many partials of few tokens with one head a program, so that all are in flight.
 
-    `batch_invariant` takes the same code for any number of tokens.
+    `batch_invariant` takes the same code for any number of tokens and partials.
     """
     few = num_tokens * num_q_heads <= _MERGE_PROGRAMS * target.num_sms
-    return MERGES["few" if few and not batch_invariant else "many"]
+    many = most_partials > MERGES["many"].unroll
+    return MERGES["few" if few and many and not batch_invariant else "many"]
 
 
 def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool) -> IntArray:
@@ -92,7 +97,7 @@ def specialise(
     target : Target
     """
     num_kv_heads, head_dim, head_dim_v, itemsize = heads
-    large = rows >= MIN_ROWS
+    large = rows >= min_rows(head_dim)
     if not large.any():
         return tiles, chosen
     special = prefix_tile_for(
@@ -229,7 +234,8 @@ def split_size(
     slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
     compute = flops_per_key * slots / (_COMPUTE_EFFICIENCY * target.flops)  # seconds per key of a busy device
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
-    few = int(programs.sum()) < 2 * target.num_sms
+    keys = int((programs * kv_lens).sum())
+    few = beside == 0 and keys < 2 * target.num_sms * longest
     best, best_time = longest, float("inf")
     for num_splits in range(1, 129):
         size = math.ceil(longest / num_splits / tile.step) * tile.step
@@ -237,13 +243,16 @@ def split_size(
             break
         splits = -(-kv_lens // size)
         total = int((programs * splits).sum())
-        traffic = float((programs * kv_lens).sum()) * bytes_per_key / target.bandwidth
+        traffic = keys * bytes_per_key / target.bandwidth
         # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
         waves = -(-total // slots) if total < 8 * slots else total / slots
         if tile.block_m > 16:
             busy = waves * (size * compute + _PROGRAM_SECONDS)
         elif few:
-            busy = stream_seconds(total, size * bytes_per_key, tile, target, 0, 0) + _PROGRAM_SECONDS
+            # counted in whole splits; a few places are left free, or the last programs wait for one
+            whole = math.ceil(keys / size / 0.95)
+            busy = stream_seconds(whole, size * bytes_per_key, tile, target, 0, 0) + _PROGRAM_SECONDS
+            busy += num_splits * _PARTIAL_SECONDS
         else:
             busy = max(traffic, waves * (size * latency + _PROGRAM_SECONDS))
         time = max(busy, beside) + num_splits * seconds_per_split

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from hydragen.apart import apart_nodes
+from hydragen.apart import apart_nodes, is_small
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.layout import Segments, Work, lay_out_work
 from hydragen.queries import Heads, Queries
 from hydragen.runs import find_runs
 from hydragen.target import Target
-from hydragen.tiles import Tile, tiles_for
+from hydragen.tiles import Tile, few_tile, tiles_for
 from hydragen.tree import PrefixTree
 from hydragen.tuning import choose_tiles, heads_per_program, prefer_medium, specialise, split_size
 
@@ -44,7 +44,10 @@ def find_segments(
     """
     tiles = tiles_for(target, heads.head_dim, heads.head_dim_v, heads.itemsize)
     joins = fixed_heads is None and specialised and not batch_invariant
-    apart = apart_nodes(tree, kv_lens, queries, heads, tiles[0], target) if joins else None
+    small = joins and is_small(tree, kv_lens, queries, heads, few_tile(tiles), target)
+    if small:
+        tiles = (few_tile(tiles), *tiles[1:])
+    apart = apart_nodes(tree, queries, heads, tiles[0], small) if joins else None
     runs = find_runs(tree, kv_lens, queries, apart, tiles[0].step)
     kv_len, num_tok = runs.kv_len, runs.num_tok
     rows = num_tok * heads.group_size

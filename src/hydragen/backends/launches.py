@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hydragen.backends.launch import INTERPRET, LOG2_E, Launcher
@@ -110,7 +111,10 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
 def merge_launcher(plan: WorkPlan, call: Call, tokens: Tokens) -> Launcher:
     """Return the merge of every token's partials; its tensors are those of `kernels.merge.merge`."""
     heads, sinks = plan.heads, call.options.sinks
-    shape = merge_shape(plan.queries.token.size, heads.num_q_heads, plan.target, plan.batch_invariant)
+    partials = int(np.diff(plan.work.merge_indptr).max(initial=0))
+    shape = merge_shape(
+        plan.queries.token.size, heads.num_q_heads, partials, plan.target, plan.batch_invariant
+    )
     block_h = min(shape.heads, 1 << (heads.num_q_heads - 1).bit_length())
     pdl = _dependent_launches(plan) and len(plan.work.launches) > 0
     constants = (
