@@ -1,11 +1,12 @@
 """100,000 generated trees on the GPU in one run, written down as ci/results/<gpu>-conformance.json.
 
-    ci/gpu conformance        the stage: hydragen's Triton backend, packed, within nine minutes
+    ci/gpu conformance        the stage: hydragen's Triton backend, packed and paged, within five minutes
     PYTHONPATH=src:reference python ci/conformance.py --cases 200 --capability device=cpu   anywhere, in small
 
 Arguments are those of `python -m hydragen.testing.scale`.
 """
 
+import os
 import sys
 from datetime import UTC, datetime
 
@@ -24,11 +25,11 @@ def main() -> None:
     gpu = machine()["gpu"] if torch.cuda.is_available() else "cpu"
     target = results_path(gpu)
     target = target.with_name(f"{target.stem}-conformance.json") if torch.cuda.is_available() else None
-    arguments = ["--implementation", OURS, "--cases", "100000", "--seconds", "480"]
+    arguments = ["--implementation", OURS, "--cases", "100000", "--seconds", "270"]
     for limit in LIMITS:
         arguments += ["--capability", limit]
     if target is not None:
-        arguments += ["--json", str(target)]
+        arguments += ["--json", str(target), "--warm", str(min(16, os.cpu_count() or 1))]
     facts = {
         "commit": commit(),
         "source": source_hash(),

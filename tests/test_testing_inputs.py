@@ -8,6 +8,7 @@ import torch
 
 from hydragen.testing import Problem
 from hydragen.testing.budget import rows
+from hydragen.testing.device_inputs import draw_inputs
 from hydragen.testing.problem import DTYPES
 from hydragen.testing.views import MEMORY
 
@@ -22,6 +23,13 @@ BASE = Problem(
 )
 HEAD_DIMS = [1, 2, 3, 33, 256]
 SCALES = [None, 0.05, 1.0, -0.5]
+
+
+@pytest.fixture(params=["NumPy", "on the device"], autouse=True)
+def drawn_by(request, monkeypatch):
+    """Hold the tensors of forests, which PyTorch draws, to the same."""
+    if request.param != "NumPy":
+        monkeypatch.setattr(Problem, "tensors", lambda problem: draw_inputs(problem, "cpu"))
 
 
 def logits(problem):

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hydragen.testing.budget import RowBudget, compute_budgets, compute_oracle
 from hydragen.testing.inputs import Inputs
 from hydragen.testing.problem import Problem
 
-_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # of float64 keys at a time
+_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # of float64 keys at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +46,11 @@ class Judged:
 class _Chunk:
     """Rows of similar length, padded: indices, which of them exist, and what each query sees."""
 
-    rows: list[int]
+    rows: NDArray[np.int64]
     queries: Tensor  # int64 [rows, q_len]
     has_query: Tensor  # bool [rows, q_len]
     keys: Tensor  # int64 [rows, path_len]
+    has_key: Tensor  # bool [rows, path_len]
     visible: Tensor  # bool [rows, q_len, path_len]
 
 
@@ -76,15 +78,15 @@ def judge_rows(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor | None
         if value is not None and (tuple(value.shape) != wanted or value.dtype != dtype):
             raise ValueError(f"{name} must be {dtype} {wanted}, got {value.dtype} {tuple(value.shape)}")
     there = inputs.to(out.device)
-    out_ratios = torch.zeros(problem.num_rows, dtype=torch.float64)
-    lse_ratios = torch.zeros(problem.num_rows, dtype=torch.float64)
-    for chunk in _chunks(problem, inputs, out.device):
+    # on the device until the end: one transfer for all
+    ratios = torch.zeros(2, problem.num_rows, dtype=torch.float64, device=out.device)
+    for chunk in _chunks(problem, out.device):
         budgets, expected_out, expected_lse = _budgets(problem, there, chunk)
-        gathered = out[chunk.queries]
-        out_ratios[chunk.rows] = _worst(gathered, expected_out, chunk, budgets["out"])
+        rows = torch.from_numpy(chunk.rows).to(out.device)
+        ratios[0, rows] = _worst(out[chunk.queries], expected_out, chunk, budgets["out"])
         if lse is not None:
-            lse_ratios[chunk.rows] = _worst(lse[chunk.queries], expected_lse, chunk, budgets["lse"])
-    return Judged(out_ratios, lse_ratios)
+            ratios[1, rows] = _worst(lse[chunk.queries], expected_lse, chunk, budgets["lse"])
+    return Judged(*ratios.cpu())
 
 
 def check_oracle(problem: Problem, inputs: Inputs, device: torch.device | str) -> float:
@@ -99,9 +101,9 @@ def check_oracle(problem: Problem, inputs: Inputs, device: torch.device | str) -
     budgets = compute_budgets(problem, inputs.to("cpu"), expected)
     worst = 0.0
     starts = inputs.cu_seqlens_q.tolist()
-    for chunk in _chunks(problem, inputs, torch.device(device)):
+    for chunk in _chunks(problem, torch.device(device)):
         mine, out, lse = _budgets(problem, there, chunk)
-        for place, row in enumerate(chunk.rows):
+        for place, row in enumerate(chunk.rows.tolist()):
             tokens = slice(starts[row], starts[row + 1])
             count = starts[row + 1] - starts[row]
             magnitude = 1e-14 * budgets[row].magnitude
@@ -128,55 +130,79 @@ def _apart(mine: dict[str, Tensor], place: int, budget: RowBudget) -> float:
     return worst
 
 
-def _chunks(problem: Problem, inputs: Inputs, device: torch.device) -> Iterator[_Chunk]:
+def _chunks(problem: Problem, device: torch.device) -> Iterator[_Chunk]:
     """Rows by length, so that little is padding, in chunks that fit into memory."""
-    k_starts, q_starts = inputs.cu_seqlens_k.tolist(), inputs.cu_seqlens_q.tolist()
-    path_lens = [problem.path_len(row) for row in range(problem.num_rows)]
-    order = sorted(range(problem.num_rows), key=lambda row: path_lens[row])
+    kv_lens, q_lens = (np.array(lens, np.int64) for lens in (problem.kv_lens, problem.q_lens))
+    paths = _paths(problem)
+    lens = np.where(paths >= 0, kv_lens[paths], 0)  # [rows, depth]
+    starts = (np.cumsum(kv_lens) - kv_lens)[paths]
+    q_starts = np.cumsum(q_lens) - q_lens
+    path_lens = lens.sum(1)
+    order = np.argsort(path_lens, kind="stable")
+    sizes = path_lens[order]
+    width = problem.num_kv_heads * (problem.head_dim + problem.head_dim_v)
     limit = _ELEMENTS.get(device.type, _ELEMENTS["cpu"])
     begin = 0
-    while begin < len(order):
-        end = begin + 1
-        while end < len(order):
-            width = path_lens[order[end]] * problem.num_q_heads * (problem.head_dim + problem.head_dim_v)
-            if (end + 1 - begin) * max(width, 1) > limit:
-                break
-            end += 1
-        rows = order[begin:end]
-        begin = end
-        longest, most = path_lens[rows[-1]], max(problem.q_lens[row] for row in rows)
-        keys = np.zeros((len(rows), longest), np.int64)
-        has_key = np.zeros((len(rows), longest), bool)
-        queries = np.zeros((len(rows), most), np.int64)
-        has_query = np.zeros((len(rows), most), bool)
-        for place, row in enumerate(rows):
-            at = 0
-            for node in problem.path(row):
-                length = problem.kv_lens[node]
-                keys[place, at : at + length] = np.arange(k_starts[node], k_starts[node] + length)
-                at += length
-            has_key[place, :at] = True
-            queries[place, : problem.q_lens[row]] = np.arange(q_starts[row], q_starts[row + 1])
-            has_query[place, : problem.q_lens[row]] = True
-        lens = np.array([[path_lens[row], problem.q_lens[row]] for row in rows])
-        position = (lens[:, :1] - lens[:, 1:]) + np.arange(most)
-        distance = position[:, :, None] - np.arange(longest)
-        visible = has_key[:, None] & has_query[:, :, None]
-        if problem.causal:
-            visible &= distance >= 0
-        if problem.window is not None:
-            visible &= distance < problem.window
-        tables = (torch.from_numpy(x).to(device) for x in (queries, has_query, keys, visible))
-        yield _Chunk(rows, *tables)
+    while begin < order.size:
+        padded = np.arange(1, order.size - begin + 1) * np.maximum(sizes[begin:] * width, 1)
+        fitting = int(np.searchsorted(padded, limit, "right"))
+        similar = int(np.searchsorted(sizes[begin:], 2 * sizes[begin] + 32, "right"))
+        rows = order[begin : begin + max(1, min(fitting, similar))]
+        begin += rows.size
+        yield _chunk(problem, rows, lens[rows], starts[rows], q_lens[rows], q_starts[rows], device)
+
+
+def _paths(problem: Problem) -> NDArray[np.int64]:
+    """Nodes from the root down to each row's end, ``[rows, depth]``, with -1 before shorter paths."""
+    parents = np.array(problem.parents, np.int64)
+    node = np.array(problem.row_to_node, np.int64)
+    levels = []
+    while (node >= 0).any():
+        levels.append(node)
+        node = np.where(node >= 0, parents[node], -1)
+    return np.stack(levels[::-1], 1)
+
+
+def _chunk(
+    problem: Problem,
+    rows: NDArray[np.int64],
+    lens: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    q_lens: NDArray[np.int64],
+    q_starts: NDArray[np.int64],
+    device: torch.device,
+) -> _Chunk:
+    """Tables of some rows, from lengths and first tokens ``[rows, depth]`` of the nodes on their paths."""
+    path_lens = lens.sum(1)
+    longest, most = int(path_lens.max()), int(q_lens.max())
+    has_key = np.arange(longest) < path_lens[:, None]
+    keys = np.zeros(has_key.shape, np.int64)
+    flat, first = lens.ravel(), np.cumsum(lens.ravel()) - lens.ravel()
+    keys[has_key] = np.repeat(starts.ravel() - first, flat) + np.arange(flat.sum())
+    has_query = np.arange(most) < q_lens[:, None]
+    queries = np.where(has_query, q_starts[:, None] + np.arange(most), 0)
+    tables = (queries, has_query, keys, has_key, path_lens - q_lens)
+    q_index, there_q, k_index, there_k, first_position = (
+        torch.from_numpy(table).to(device) for table in tables
+    )
+    position = first_position[:, None, None] + torch.arange(most, device=device)[:, None]
+    distance = position - torch.arange(longest, device=device)
+    visible = there_k[:, None] & there_q[:, :, None]
+    if problem.causal:
+        visible &= distance >= 0
+    if problem.window is not None:
+        visible &= distance < problem.window
+    return _Chunk(rows, q_index, there_q, k_index, there_k, visible)
 
 
 def _budgets(problem: Problem, inputs: Inputs, chunk: _Chunk) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Budgets of ``out`` and ``lse`` per row, and the oracle's ``out`` and ``lse`` ``[rows, q_len, ...]``."""
     wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
     eps, eps_state = torch.finfo(problem.dtype).eps, torch.finfo(wide).eps
-    heads = problem.group_size
-    q = inputs.q[chunk.queries].transpose(1, 2)  # [rows, heads, q_len, head_dim]
-    k, v = (x[chunk.keys].repeat_interleave(heads, 2).transpose(1, 2) for x in (inputs.k, inputs.v))
+    q = inputs.q[chunk.queries].transpose(1, 2)  # [rows, num_q_heads, q_len, head_dim]
+    k, v = (
+        x[chunk.keys].transpose(1, 2) for x in (inputs.k, inputs.v)
+    )  # [rows, num_kv_heads, path_len, ...]
     visible = chunk.visible[:, None]
     sinks = inputs.sinks
     both = torch.cat([v.double(), v.double().abs()], -1)
@@ -186,14 +212,11 @@ def _budgets(problem: Problem, inputs: Inputs, chunk: _Chunk) -> tuple[dict[str,
     there = chunk.has_query[:, None]
     dense_out_error = _errors(dense_out.to(problem.dtype), out).amax(-1).masked_fill(~there, 0.0)
     dense_lse_error = _errors(dense_lse, lse).masked_fill(~there, 0.0)
-    magnitudes = q.to(wide).abs() @ k.to(wide).abs().transpose(2, 3) * abs(problem.logit_scale)
+    magnitudes = _by_group(q.to(wide).abs(), k.to(wide).abs().transpose(2, 3)) * abs(problem.logit_scale)
     logits = _per_row(magnitudes.masked_fill(~visible, 0.0)).clamp(min=1.0)
     finite_lse = lse.abs().masked_fill(~lse.isfinite() | ~there, 0.0)
     magnitude = torch.maximum(logits, _per_row(finite_lse))
-    has_key = (torch.arange(chunk.keys.shape[1], device=q.device) < _lengths(problem, chunk)[:, None])[
-        :, None
-    ]
-    max_v = _per_row(v.double().abs().amax(-1).masked_fill(~has_key, 0.0))
+    max_v = _per_row(v.double().abs().amax(-1).masked_fill(~chunk.has_key[:, None], 0.0))
     logit = max(4.0, math.sqrt(problem.head_dim)) * eps_state * magnitude
     absolute_row = _per_row(absolute.amax(-1).masked_fill(~there, 0.0))
     dense_out_row, dense_lse_row = _per_row(dense_out_error), _per_row(dense_lse_error)
@@ -206,26 +229,29 @@ def _budgets(problem: Problem, inputs: Inputs, chunk: _Chunk) -> tuple[dict[str,
     return budgets, out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _lengths(problem: Problem, chunk: _Chunk) -> Tensor:
-    lengths = [problem.path_len(row) for row in chunk.rows]
-    return torch.tensor(lengths, device=chunk.keys.device)
-
-
 def _attend(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention with all keys at once, in the dtype of ``q``: ``[rows, heads, q_len, ...]``."""
-    logits = q @ k.transpose(2, 3) * problem.logit_scale
+    """Softmax attention with all keys at once, in the dtype of ``q``: ``[rows, num_q_heads, q_len, ...]``."""
+    logits = _by_group(q, k.transpose(2, 3)) * problem.logit_scale
     if problem.softcap is not None:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
     logits = logits.masked_fill(~visible, -math.inf)
+    num_keys = logits.shape[-1]
     if sinks is not None:
         sink = sinks.to(q.dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sink], -1)
-        v = torch.cat([v, v.new_zeros(*v.shape[:2], 1, v.shape[3])], 2)
     lse = torch.logsumexp(logits, -1)
     nothing = (lse == -math.inf)[..., None]  # to attend to: not NaN
-    return torch.softmax(logits, -1).masked_fill(nothing, 0.0) @ v, lse
+    weights = torch.softmax(logits, -1).masked_fill(nothing, 0.0)
+    return _by_group(weights[..., :num_keys], v), lse
+
+
+def _by_group(x: Tensor, y: Tensor) -> Tensor:
+    """``x [rows, num_q_heads, q_len, n] @ y [rows, num_kv_heads, n, m]``: query heads share a KV head."""
+    num_rows, num_q_heads, q_len, n = x.shape
+    stacked = x.reshape(num_rows, y.shape[1], num_q_heads // y.shape[1] * q_len, n)
+    return (stacked @ y).reshape(num_rows, num_q_heads, q_len, y.shape[3])
 
 
 def _per_row(x: Tensor) -> Tensor:
@@ -245,5 +271,4 @@ def _worst(got: Tensor, expected: Tensor, chunk: _Chunk, allowed: Tensor) -> Ten
     """Largest error of each row, in budgets."""
     error = _errors(got, expected).flatten(2)
     error = error.amax(2).masked_fill(~chunk.has_query, 0.0).amax(1)
-    ratio = torch.where(error <= allowed, (error / allowed).nan_to_num(nan=0.0), error / allowed)
-    return ratio.cpu()
+    return torch.where(error <= allowed, (error / allowed).nan_to_num(nan=0.0), error / allowed)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from hydragen.testing.conformance.capabilities import Capabilities
+from hydragen.testing.inputs import Inputs
+from hydragen.testing.pages import PAGE_SIZES, in_pages
 from hydragen.testing.problem import Problem
 from hydragen.testing.shapes import STYLES, hollow_out, row_ends, tree_parents
 from hydragen.testing.strategies import SCALES, SOFTCAPS, TILE_SIZES, WINDOWS
@@ -16,11 +18,12 @@ from hydragen.testing.strategies import SCALES, SOFTCAPS, TILE_SIZES, WINDOWS
 
 @dataclass(frozen=True)
 class Forest:
-    """A problem of many cases, and the case of each row."""
+    """A problem of many cases, the case of each row, the first node of each case, and a page's size or 0."""
 
     problem: Problem
     case_of_row: tuple[int, ...]
     roots: tuple[int, ...]
+    page_size: int = 0
 
     def case(self, number: int) -> Problem:
         """One case as a problem of its own, with other values."""
@@ -36,14 +39,34 @@ class Forest:
         )
 
 
+def inputs_for(forest: Forest, inputs: Inputs) -> Inputs:
+    """What an implementation is lent: a copy of the forest's tensors, in pages if it has any."""
+    if forest.page_size:
+        return in_pages(forest.problem, inputs, forest.page_size, forest.problem.seed)
+    return inputs
+
+
 def configurations(can: Capabilities, number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Fields of `Problem` that choose kernels, as varied as the capabilities allow; every dtype in turn."""
+    """What chooses kernels: fields of `Problem` and ``page_size``, as varied as the capabilities allow.
+
+    Every dtype in turn; where pages are a capability, every fourth configuration of each dtype has some.
+
+    Raises
+    ------
+    ValueError
+        If the implementation takes no forests.
+    """
+    if can.trees != "any":
+        raise ValueError(
+            f"trees must be any, got {can.trees}: hundreds of trees are one call; the laws need no such call"
+        )
 
     def option(name: str, values: tuple[Any, ...]) -> Any:
         kind = getattr(can, name)
         given = kind == "always" or (kind == "yes" and rng.random() < 0.5)
         return values[rng.integers(len(values))] if given else (False if values == (True,) else None)
 
+    pages = [size for size in PAGE_SIZES if size > 2]  # of 1 and 2 tokens: the laws have them
     found = []
     for index in range(number):
         kv_heads = int(rng.integers(1, can.max_kv_heads + 1))
@@ -62,6 +85,9 @@ def configurations(can: Capabilities, number: int, rng: np.random.Generator) -> 
                 "softcap": option("softcap", SOFTCAPS),
                 "scale": option("scale", SCALES),
                 "sinks": option("sinks", (True,)),
+                "page_size": pages[index // len(can.dtypes) // 4 % len(pages)]
+                if can.paged and index // len(can.dtypes) % 4 == 3
+                else 0,
             }
         )
     return found
@@ -71,56 +97,69 @@ def draw_forest(
     can: Capabilities, configuration: dict[str, Any], cases: int, rng: np.random.Generator
 ) -> Forest:
     """Cases with one root each, hard ones as often as `problems` draws them."""
-    borders = [n for tile in TILE_SIZES for n in (tile - 1, tile, tile + 1) if n <= can.max_kv]
-    least = 0 if can.empty else 1
+    configuration = dict(configuration)
+    page_size = configuration.pop("page_size", 0)
+
+    def integers(low: int, high: int, *shape: int) -> list[Any]:
+        """For all cases at once: one by one they would take longer than a GPU needs to attend to them."""
+        drawn: list[Any] = rng.integers(low, high + 1, (cases, *shape)).tolist()
+        return drawn
+
     parents: list[int] = []
-    kv_lens: list[int] = []
     row_to_node: list[int] = []
+    kv_lens: list[int] = []
     q_lens: list[int] = []
     case_of_row: list[int] = []
     roots: list[int] = []
-    for case in range(cases):
-        topology, ends, hollow, queries = STYLES[rng.integers(len(STYLES))]
-        nodes, rows = int(rng.integers(1, can.max_nodes + 1)), int(rng.integers(1, can.max_rows + 1))
-        node_codes, row_codes = (rng.integers(0, 10**6, size).tolist() for size in (nodes, rows))
+    drawn = zip(
+        integers(0, len(STYLES) - 1),
+        integers(1, can.max_nodes),
+        integers(1, can.max_rows),
+        integers(0, 10**6, can.max_nodes),
+        integers(0, 10**6, can.max_rows),
+        _lengths(can, cases, rng),
+        integers(1, can.max_q_len),
+        integers(0, 10**6, max(can.max_rows, can.max_nodes)),
+        strict=True,
+    )
+    for case, (style, nodes, rows, node_codes, row_codes, drawn_lens, longest, query_codes) in enumerate(
+        drawn
+    ):
+        topology, ends, hollow, queries = STYLES[style]
         tree = [
-            max(parent, min(node, 1) - 1) for node, parent in enumerate(tree_parents(node_codes, topology))
+            max(parent, min(node, 1) - 1)
+            for node, parent in enumerate(tree_parents(node_codes[:nodes], topology))
         ]
-        lens = [
-            int(
-                (
-                    rng.integers(0, 2),
-                    rng.integers(0, 9),
-                    rng.choice(borders),
-                    rng.integers(0, can.max_kv + 1),
-                )[rng.integers(4)]
-            )
-            for _ in range(nodes)
-        ]
-        at = row_ends(row_codes, tree, ends)
+        lens = drawn_lens[:nodes]
+        at = row_ends(row_codes[:rows], tree, ends)
         hollow_out(lens, tree, at[0], hollow)
-        length = int(rng.integers(1, can.max_q_len + 1))
         base = len(parents)
         roots.append(base)
         parents += [parent + base if parent >= 0 else -1 for parent in tree]
-        kv_lens += [max(min(kv_len, can.max_kv), least) for kv_len in lens]
+        kv_lens += lens
         row_to_node += [node + base for node in at]
-        q_lens += [
-            1
-            if queries in ("one", "heads")
-            else length
-            if queries == "uniform"
-            else int(rng.integers(1, length + 1))
-            for _ in at
-        ]
         case_of_row += [case] * len(at)
+        if queries == "as drawn":
+            q_lens += [1 + code % longest for code in query_codes[: len(at)]]
+        elif queries == "uniform":
+            q_lens += [longest] * len(at)
+        else:  # a transposed [q_len, num_heads] passes every check of shapes if the two are equal
+            heads = configuration["num_q_heads"]
+            q_lens += [heads if queries == "heads" and heads <= can.max_q_len else 1] * len(at)
+    if not can.empty:
+        kv_lens = [max(length, 1) for length in kv_lens]
+    # a batch of equal rows, of which decoding is one, may take another way through an implementation
+    equal = rng.integers(4)
+    if can.same_q_len or equal < 2:
+        q_lens = [q_lens[0] if equal else 1] * len(q_lens)
+    # rows of one case need not be neighbours
+    order = rng.permutation(len(q_lens)) if rng.integers(2) else range(len(q_lens))
+    row_to_node, q_lens, case_of_row = ([x[row] for row in order] for x in (row_to_node, q_lens, case_of_row))
     modes = [
         mode
         for mode in can.sharpness
         if "very_negative" not in mode or (configuration["softcap"] is None and configuration["scale"] != 0)
     ]
-    if can.same_q_len:
-        q_lens = [q_lens[0]] * len(q_lens)
     problem = Problem(
         tuple(parents),
         tuple(kv_lens),
@@ -130,4 +169,15 @@ def draw_forest(
         sharpness=modes[rng.integers(len(modes))],
         seed=int(rng.integers(2**31)),
     )
-    return Forest(problem, tuple(case_of_row), tuple(roots))
+    return Forest(problem, tuple(case_of_row), tuple(roots), page_size)
+
+
+def _lengths(can: Capabilities, cases: int, rng: np.random.Generator) -> list[list[int]]:
+    """KV tokens of ``max_nodes`` segments a case: at most one, few, around a tile's border, any number."""
+    shape = (cases, can.max_nodes)
+    borders = [n for tile in TILE_SIZES for n in (tile - 1, tile, tile + 1) if n <= can.max_kv]
+    kinds = [rng.integers(0, high, shape) for high in (2, 9, can.max_kv + 1)]
+    kinds.append(rng.choice(borders, shape) if borders else kinds[0])
+    lengths = np.choose(rng.integers(0, len(kinds), shape), kinds)
+    drawn: list[list[int]] = np.minimum(lengths, can.max_kv).tolist()
+    return drawn

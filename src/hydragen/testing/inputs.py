@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _Array = npt.NDArray[np.float64]
 
-_STD = {"flat": 1.0, "peaked": 5.0, "repeated": 2.0}
-_VERY_NEGATIVE = -6e4  # rounding to bfloat16 moves a product by less than 1 %: it stays below -5e4
+STD = {"flat": 1.0, "peaked": 5.0, "repeated": 2.0}
+VERY_NEGATIVE = -6e4  # rounding to bfloat16 moves a product by less than 1 %: it stays below -5e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +109,8 @@ def offsets(lengths: tuple[int, ...]) -> Tensor:
 def build(problem: Problem) -> Inputs:
     """Tensors of a problem on the CPU; the same problem gives the same bits."""
     rng = np.random.default_rng(problem.seed)
-    if problem.sharpness in _STD:
-        q, k, sinks = _spread(problem, rng, _STD[problem.sharpness])
+    if problem.sharpness in STD:
+        q, k, sinks = _spread(problem, rng, STD[problem.sharpness])
     else:
         q, k, sinks = _shifted(problem, rng)
     v = rng.standard_normal((problem.total_kv, problem.num_kv_heads, problem.head_dim_v))
@@ -159,11 +159,11 @@ def _shifted(problem: Problem, rng: np.random.Generator) -> tuple[_Array, _Array
         seen = rng.choice([1.0, -1.0, 0.5, -0.01], num_tokens)
         sinks = rng.choice([-10.0, 0.0, 10.0, 100.0], num_q_heads)
     else:
-        shift = _VERY_NEGATIVE - rng.choice([0.0, 0.0, 3.0, 1e4], problem.num_nodes)
+        shift = VERY_NEGATIVE - rng.choice([0.0, 0.0, 3.0, 1e4], problem.num_nodes)
         seen = np.ones(num_tokens)
         if problem.sharpness == "some_very_negative":
             seen = rng.integers(0, 2, num_tokens).astype(np.float64)
-        sinks = np.full(num_q_heads, _VERY_NEGATIVE) + rng.standard_normal(num_q_heads)
+        sinks = np.full(num_q_heads, VERY_NEGATIVE) + rng.standard_normal(num_q_heads)
     scale = problem.logit_scale or 1.0
     # Half of the shift's magnitude each: neither side leaves the range of float16.
     amplitude = math.sqrt(max(1.0, float(np.abs(shift).max())) / abs(scale))

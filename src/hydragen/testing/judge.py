@@ -45,13 +45,19 @@ def run(
         If an input was modified.
     """
     __tracebackhide__ = True
-    given = problem.tensors() if inputs is None else inputs
-    lent = given.clone()
+    out, lse = run_in_place(implementation, problem, problem.tensors() if inputs is None else inputs)
+    return out.detach().cpu(), None if lse is None else lse.detach().cpu()
+
+
+def run_in_place(
+    implementation: Implementation, problem: Problem, inputs: Inputs
+) -> tuple[Tensor, Tensor | None]:
+    """As `run`, with tensors and results on the device where they are."""
+    __tracebackhide__ = True
+    lent = inputs.clone()
     saw_run(problem)
     result = implementation(problem, lent)
-    for name, before, after in _tensors(given, lent):
-        if bool(errors(after, before).any()):
-            raise AssertionError(f"{name} was modified by the implementation\n{_about(problem)}")
+    assert_unmodified(problem, inputs, lent)
     out, lse = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     for name, value in (("out", out), ("lse", lse)):
         if not isinstance(value, Tensor) and not (name == "lse" and value is None):
@@ -59,16 +65,34 @@ def run(
                 "an implementation must return out or (out, lse) as tensors, "
                 f"got {type(value).__name__} for {name}"
             )
-    return out.detach().cpu(), None if lse is None else lse.detach().cpu()
+    return out, lse
+
+
+def assert_unmodified(problem: Problem, given: Inputs, lent: Inputs) -> None:
+    """Assert that an implementation left the tensors that it was lent as they were given."""
+    __tracebackhide__ = True
+    for name, before, after in _tensors(given, lent):
+        if not same_bits(before, after):
+            raise AssertionError(f"{name} was modified by the implementation\n{_about(problem)}")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same numbers, NaN in the same places included."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.shape == other.shape and torch.equal(one.view(bits), other.view(bits))
 
 
 def _tensors(given: Inputs, lent: Inputs) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield from (("q", given.q, lent.q), ("k", given.k, lent.k), ("v", given.v, lent.v))
+    yield "cu_seqlens_q", given.cu_seqlens_q, lent.cu_seqlens_q
+    yield "cu_seqlens_k", given.cu_seqlens_k, lent.cu_seqlens_k
     if given.sinks is not None and lent.sinks is not None:
         yield "sinks", given.sinks, lent.sinks
     if given.pages is not None and lent.pages is not None:
         yield "k_cache", given.pages.k_cache, lent.pages.k_cache
         yield "v_cache", given.pages.v_cache, lent.pages.v_cache
+        yield "page_indptr", given.pages.page_indptr, lent.pages.page_indptr
+        yield "page_indices", given.pages.page_indices, lent.pages.page_indices
 
 
 def oracle(problem: Problem, inputs: Inputs | None = None) -> Oracle:

@@ -86,15 +86,17 @@ def paged(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0, spare
     used = int(indptr[-1])
     order = rng.permutation(used + int(rng.integers(1, 4)))
     indices = order[:used]
+    # each token's place among all slots of the pool: its page, and where in it
+    lens = np.array(problem.kv_lens, np.int64)
+    within = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens, lens)
+    page = indices[np.repeat(indptr[:-1], lens) + within // page_size]
+    slot = torch.from_numpy(page * page_size + within % page_size)
     caches = []
     for tensor in (inputs.k, inputs.v):
-        shape = (len(order), page_size, *tensor.shape[1:])
+        shape = (len(order) * page_size, *tensor.shape[1:])
         cache = torch.full(shape, math.nan, dtype=tensor.dtype, device=tensor.device)
-        for node, run in enumerate(tensor.split(list(problem.kv_lens))):
-            for number, tokens in enumerate(run.split(page_size)):
-                if len(tokens):  # splitting nothing gives one empty piece
-                    cache[int(indices[indptr[node] + number]), : len(tokens)] = tokens
-        caches.append(cache)
+        cache[slot.to(tensor.device)] = tensor
+        caches.append(cache.unflatten(0, (len(order), page_size)))
     return Pages(
         caches[0],
         caches[1],

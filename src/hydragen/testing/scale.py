@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,44 +24,17 @@ from hydragen.testing.batch import check_oracle, judge_rows
 from hydragen.testing.conformance.capabilities import Capabilities, parsed
 from hydragen.testing.conformance.report import device_name, versions
 from hydragen.testing.conformance.subject import adapt, load
-from hydragen.testing.forests import Forest, configurations, draw_forest
-from hydragen.testing.judge import Implementation
+from hydragen.testing.device_inputs import draw_inputs
+from hydragen.testing.forests import Forest, configurations, draw_forest, inputs_for
+from hydragen.testing.judge import Implementation, run_in_place
+from hydragen.testing.outcome import Outcome, number_or_inf
 from hydragen.testing.problem import Problem
 from hydragen.testing.shrink import shrink
-from hydragen.testing.tally import Tally
+from hydragen.testing.warm import warm_up
 
 ORACLE_CASES = 3  # of each configuration's first batch are held to the NumPy oracle as well
 SHOWN_FAILURES = 5
-
-
-@dataclass
-class Outcome:
-    """What a run has found so far."""
-
-    seed: int
-    cases: int = 0
-    failures: int = 0
-    batches: int = 0
-    rows: int = 0
-    tally: Tally = field(default_factory=Tally)
-    oracle_cases: int = 0
-    oracle_apart: float = 0.0
-    shown: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "cases": self.cases,
-            "failures": self.failures,
-            "seed": self.seed,
-            "worst_over_budget": self.tally.as_dict()["worst"],
-            "rows": self.rows,
-            "batches": self.batches,
-            "seconds": round(self.seconds, 1),
-            "oracle_check": {"cases": self.oracle_cases, "worst_over_tolerance": self.oracle_apart},
-            "first_failures": self.shown,
-        }
+SHRINK_SECONDS = 20.0  # for each of them: every smaller head is another kernel to compile
 
 
 def run_scale(
@@ -75,6 +47,7 @@ def run_scale(
     batch: int = 500,
     num_configurations: int = 24,
     say: Callable[[str], None] = lambda _: None,
+    outcome: Outcome | None = None,
 ) -> Outcome:
     """Judge batches until there were `cases` of them or the time is up.
 
@@ -88,18 +61,30 @@ def run_scale(
         Cases of a call.
     say
         Takes a line of progress now and then.
+    outcome
+        Where to count, for who wants to know even if the run is ended from outside.
+
+    Raises
+    ------
+    ValueError
+        If the implementation takes one tree alone: batches are forests.
     """
+    ends = time.monotonic() + seconds
     began = time.monotonic()
-    outcome = Outcome(seed)
+    outcome = Outcome(seed) if outcome is None else outcome
     chosen = configurations(can, num_configurations, np.random.default_rng(seed))
-    while outcome.cases < cases and time.monotonic() - began < seconds:
+    while outcome.cases + outcome.refused < cases and time.monotonic() < ends:
         number = outcome.batches
-        # each batch has a generator of its own: one alone can be drawn again
-        rng = np.random.default_rng([seed, number])
-        forest = draw_forest(can, chosen[number % len(chosen)], min(batch, cases - outcome.cases), rng)
-        if number < len(chosen):
-            _check_the_oracle(forest, can.device, outcome)
-        _judge(implementation, forest, number, can, outcome)
+        wanted = min(batch, cases - outcome.cases - outcome.refused)
+        with outcome.phase("draw", can.device):
+            # each batch has a generator of its own: one alone can be drawn again
+            rng = np.random.default_rng([seed, number])
+            forest = draw_forest(can, chosen[number % len(chosen)], wanted, rng)
+        first = number < len(chosen)
+        if first:
+            with outcome.phase("oracle_check", can.device):
+                _check_the_oracle(forest, can.device, outcome)
+        _judge(implementation, forest, number, first, can, ends, outcome)
         outcome.seconds = time.monotonic() - began
         if outcome.batches % len(chosen) == 0 or outcome.cases >= cases:
             say(f"{outcome.cases:,} cases, {outcome.failures} failures, {outcome.seconds:.0f} s")
@@ -114,95 +99,134 @@ def _check_the_oracle(forest: Forest, device: str, outcome: Outcome) -> None:
 
 
 def _judge(
-    implementation: Implementation, forest: Forest, number: int, can: Capabilities, outcome: Outcome
+    implementation: Implementation,
+    forest: Forest,
+    number: int,
+    first: bool,
+    can: Capabilities,
+    ends: float,
+    outcome: Outcome,
 ) -> None:
-    problem = forest.problem
-    inputs = problem.tensors().to(can.device)
-    result = implementation(problem, inputs)
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    judged = judge_rows(problem, inputs, out, lse)
+    problem, count = forest.problem, len(forest.roots)
+    with outcome.phase("tensors", can.device):
+        inputs = draw_inputs(problem, can.device)
+        lent = inputs_for(forest, inputs)
+    outcome.batches += 1
+    try:
+        with outcome.phase("first_calls" if first else "calls", can.device):
+            out, lse = run_in_place(implementation, problem, lent)
+        with outcome.phase("judge", can.device):
+            judged = judge_rows(problem, inputs, out, lse)
+    except NotImplementedError:
+        outcome.refused += count
+        return
+    except Exception as error:  # noqa: BLE001 - whatever it raises is a failure of all that it was given
+        outcome.cases += count
+        outcome.failures += count
+        if len(outcome.shown) < SHOWN_FAILURES:
+            outcome.shown.append({"batch": number, "error": f"{type(error).__name__}: {error}"[:2000]})
+        return
+    outcome.cases += count
+    outcome.rows += problem.num_rows
     outcome.tally.add(problem, "out", float(judged.out.max()))
     if lse is not None:
         outcome.tally.add(problem, "lse", float(judged.lse.max()))
     failing = sorted({forest.case_of_row[row] for row in judged.failing_rows})
-    outcome.batches += 1
-    outcome.cases += len(forest.roots)
-    outcome.rows += problem.num_rows
     outcome.failures += len(failing)
     for case in failing[: SHOWN_FAILURES - len(outcome.shown)]:
         rows = [row for row, of in enumerate(forest.case_of_row) if of == case]
-        outcome.shown.append(
-            {
-                "batch": number,
-                "case": case,
-                "over_budget": {"out": float(judged.out[rows].max()), "lse": float(judged.lse[rows].max())},
-                "problem": _smallest(implementation, forest.case(case), can),
-            }
-        )
+        over = {
+            "out": number_or_inf(float(judged.out[rows].max())),
+            "lse": number_or_inf(float(judged.lse[rows].max())),
+        }
+        with outcome.phase("shrink", can.device):
+            smallest = _smallest(implementation, forest, case, can, ends)
+        outcome.shown.append({"batch": number, "case": case, "over_budget": over, "problem": smallest})
 
 
-def _smallest(implementation: Implementation, problem: Problem, can: Capabilities) -> str:
+def _smallest(
+    implementation: Implementation, forest: Forest, case: int, can: Capabilities, ends: float
+) -> str:
     """The case alone, shrunk if it fails alone as well; its values are not those that it had in the batch."""
+    ends = min(ends, time.monotonic() + SHRINK_SECONDS)
+    whole = forest.case(case)
 
     def fails(problem: Problem) -> bool:
-        if not can.allows(problem):
+        if problem != whole and (not can.allows(problem) or time.monotonic() > ends):
             return False
         inputs = problem.tensors().to(can.device)
-        result = implementation(problem, inputs)
-        out, lse = result if isinstance(result, tuple) else (result, None)
-        return bool(judge_rows(problem, inputs, out, lse).failing_rows)
+        alone = Forest(problem, (0,) * problem.num_rows, (0,), forest.page_size)
+        try:
+            out, lse = run_in_place(implementation, problem, inputs_for(alone, inputs))
+            return bool(judge_rows(problem, inputs, out, lse).failing_rows)
+        except Exception:  # noqa: BLE001 - another failure than the one to be shown
+            return False
 
-    if not fails(problem):
-        return f"{problem!r} (only together with the rest of its batch)"
-    return repr(shrink(problem, fails, max_runs=100))
+    if not fails(whole):
+        return f"{whole!r} (only together with the rest of its batch)"
+    paged = f" (in pages of {forest.page_size})" if forest.page_size else ""
+    return f"{shrink(whole, fails, max_runs=100)!r}{paged}"
 
 
 def main(arguments: list[str] | None = None, **facts: str) -> int:
     """Read the command line, run, write JSON with `facts`; 1 unless all cases were run and none failed."""
+    given = _parser().parse_args(arguments)
+    function = load(given.implementation)
+    can = Capabilities().changed(getattr(function, "capabilities", {}), given.implementation)
+    can = can.changed(parsed(given.capability, "--capability"), "--capability")
+    sizes = {"seed": given.seed, "num_configurations": given.configurations, "batch": given.batch}
+    outcome = Outcome(given.seed)
+    began = time.monotonic()
+    # ended from outside (timeout sends this): what was found until then is written down all the same
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"ended after {outcome.cases:,} cases"))
+    try:
+        if given.warm:
+            limit = given.seconds / 3
+            outcome.phases["warm_up"] = warm_up(
+                given.implementation, can, **sizes, processes=given.warm, seconds=limit
+            )
+        run_scale(
+            adapt(function, can),
+            can,
+            **sizes,
+            cases=given.cases,
+            seconds=given.seconds - (time.monotonic() - began),
+            say=lambda line: print(line, flush=True),
+            outcome=outcome,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        complete = outcome.cases >= given.cases
+        report = {
+            **outcome.as_dict(),
+            "complete": complete,
+            "total_seconds": round(time.monotonic() - began, 1),
+            "implementation": given.implementation,
+            "capabilities": can.said(),
+            **sizes,
+            "device": device_name(),
+            "versions": versions(),
+            **facts,
+        }
+        if given.json:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            given.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        print("\n".join(outcome.lines()), flush=True)
+    return int(outcome.failures > 0 or not complete or outcome.oracle_apart > 1)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--implementation", required=True, metavar="MODULE:FUNCTION")
     parser.add_argument("--capability", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--seconds", type=float, default=540.0, help="ends by itself after so many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--configurations", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=500, help="trees of a call")
+    parser.add_argument("--configurations", type=int, default=24, help="of dtype, heads and options")
+    parser.add_argument("--warm", type=int, default=0, help="processes that compile kernels beforehand")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args(arguments)
-    function = load(given.implementation)
-    can = Capabilities().changed(getattr(function, "capabilities", {}), given.implementation)
-    can = can.changed(parsed(given.capability, "--capability"), "--capability")
-    outcome = run_scale(
-        adapt(function, can),
-        can,
-        cases=given.cases,
-        seed=given.seed,
-        seconds=given.seconds,
-        batch=given.batch,
-        num_configurations=given.configurations,
-        say=lambda line: print(line, flush=True),
-    )
-    report = {
-        **outcome.as_dict(),
-        "implementation": given.implementation,
-        "device": device_name(),
-        "versions": versions(),
-        **facts,
-    }
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    for failure in outcome.shown:
-        print(f"batch {failure['batch']}, case {failure['case']}: {failure['over_budget']}")
-        print(f"  {failure['problem']}")
-    worst = ", ".join(f"{dtype} {max(of.values()):.2f}" for dtype, of in outcome.tally.worst.items())
-    print(
-        f"{outcome.cases:,} cases, {outcome.failures} failures, seed {outcome.seed}, worst error in units "
-        f"of the budget: {worst}; oracle held to NumPy's on {outcome.oracle_cases} cases, "
-        f"{outcome.oracle_apart:.2g} of the tolerance apart"
-    )
-    complete = outcome.cases >= given.cases
-    return int(outcome.failures > 0 or not complete or outcome.oracle_apart > 1)
+    return parser
 
 
 if __name__ == "__main__":

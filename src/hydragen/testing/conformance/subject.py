@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import reject
+from hypothesis import currently_in_test_context, reject
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hydragen.testing.conformance.capabilities import Capabilities
 from hydragen.testing.conformance.known import Known
 from hydragen.testing.inputs import Inputs
-from hydragen.testing.judge import Implementation
+from hydragen.testing.judge import Implementation, assert_unmodified
 from hydragen.testing.problem import Problem
 
 
@@ -102,7 +102,8 @@ def load(path: str) -> Callable[..., Any]:
 def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implementation:
     """The function as an implementation: on its device, with one argument or two.
 
-    What it raises as NotImplementedError is out of its scope: such examples are left out.
+    What it raises as NotImplementedError is out of its scope: Hypothesis leaves such examples out, and other
+    callers see it.
     """
     takes_inputs = _num_arguments(function) != 1
 
@@ -111,7 +112,11 @@ def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implement
         try:
             result = function(problem, there) if takes_inputs else function(bound(problem, there))
         except NotImplementedError:
+            if not currently_in_test_context():
+                raise
             reject()
+        if there is not inputs:  # a copy: the caller cannot see what became of it
+            assert_unmodified(problem, inputs, there.to(inputs.q.device))
         returned: tuple[Any, ...] = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if capabilities.lse and (len(returned) != 2 or returned[1] is None):
             raise AssertionError(
