@@ -2,6 +2,7 @@
 
     ci/gpu numerics                                     the stage: every cell, on a GPU
     PYTHONPATH=src:reference python ci/numerics.py --small    a few short cells, anywhere
+    python ci/numerics.py --draw ci/results/h200-numerics.json    only the figure, from what was measured
 
 A cell is a dtype, a number of keys along each row's path, a number of levels they are cut into, a magnitude
 of the values, and flat or sharp weights. In every cell the RMS error of hydragen, over all seeds together,
@@ -10,11 +11,16 @@ Writes a table, a figure and JSON beside the results of the other stages.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import multiprocessing
+import operator
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +156,33 @@ def measure(cell: Cell, seeds: int, device: str) -> dict[str, float]:
     return {name: math.sqrt(total / norm) for name, total in squares.items()}
 
 
+def measure_all(chosen: list[Cell], seeds: int, device: str, processes: int) -> list[dict[str, float]]:
+    """Errors of every cell, in order; several processes share the device while others compile kernels."""
+    # one dtype and number of levels is one set of kernels: they stay together
+    key = operator.attrgetter("dtype", "levels")
+    shares = [list(share) for _, share in itertools.groupby(sorted(chosen, key=key), key)]
+    run = functools.partial(_measure_share, seeds=seeds, device=device)
+    if processes == 1:
+        found = [run(share) for share in shares]
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+            # those with most levels have most to do
+            order = sorted(range(len(shares)), key=lambda index: -shares[index][0].levels)
+            futures = {index: pool.submit(run, shares[index]) for index in order}
+            found = [futures[index].result() for index in range(len(shares))]
+    by_cell = {
+        cell: errors
+        for share, of in zip(shares, found, strict=True)
+        for cell, errors in zip(share, of, strict=True)
+    }
+    return [by_cell[cell] for cell in chosen]
+
+
+def _measure_share(share: list[Cell], seeds: int, device: str) -> list[dict[str, float]]:
+    return [measure(cell, seeds, device) for cell in share]
+
+
 def ratio(errors: dict[str, float], of: str) -> float:
     """Error of a contender in units of FlashAttention-2's; 1 where both are exact."""
     if errors["fa2"] == 0:
@@ -210,11 +243,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--small", action="store_true", help="short cells only")
+    parser.add_argument(
+        "--processes", type=int, default=4, help="that share the device; 1: none besides this"
+    )
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="no run: draw the figure beside this file")
     parser.add_argument("--out", type=Path, help="folder for table, figure and JSON")
     given = parser.parse_args()
+    if given.draw:
+        draw_figure(json.loads(given.draw.read_text())["cells"], given.draw.with_suffix(".png"))
+        return
+    began = time.monotonic()
+    chosen = list(cells(given.small))
     rows = []
-    for cell in cells(given.small):
-        errors = measure(cell, given.seeds, given.device)
+    all_errors = measure_all(chosen, given.seeds, given.device, given.processes)
+    for cell, errors in zip(chosen, all_errors, strict=True):
         ratios = {f"{name}_over_fa2": ratio(errors, name) for name in ("ours", "original")}
         rows.append({**cell._asdict(), **errors, **ratios})
     on_gpu = given.device != "cpu"
@@ -226,6 +268,7 @@ def main() -> None:
         "limit": LIMIT,
         "cells": rows,
         "seeds": given.seeds,
+        "seconds": round(time.monotonic() - began, 1),
         "shape": {"batch": BATCH, "heads": [NUM_Q_HEADS, NUM_KV_HEADS], "head_dim": HEAD_DIM},
         "device": device_name(),
         "versions": versions(),
@@ -235,7 +278,10 @@ def main() -> None:
     }
     (folder / f"{stem}-numerics.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{stem}-numerics.md").write_text(table(rows))
-    draw_figure(rows, folder / f"{stem}-numerics.png")
+    try:
+        draw_figure(rows, folder / f"{stem}-numerics.png")
+    except ImportError:
+        print(f"no figure without matplotlib: python ci/numerics.py --draw {folder}/{stem}-numerics.json")
     # On a CPU float32 is left to the BLAS, whose order of sums, and so whose error, depends on the number of
     # rows of a product: stacked queries are not what dense attention multiplies.
     judged = [row for row in rows if on_gpu or row["dtype"] != "float32"]

@@ -49,7 +49,9 @@ def test_errors_are_relative_and_rounding_partials_shows():
 def test_the_report_is_written(tmp_path, monkeypatch):
     some = [numerics.Cell("float16", length, 1, 1.0, "flat") for length in (1, 16)]
     monkeypatch.setattr(numerics, "cells", lambda small: iter(some))
-    monkeypatch.setattr(sys, "argv", ["numerics.py", "--seeds=1", "--device=cpu", f"--out={tmp_path}"])
+    monkeypatch.setattr(
+        sys, "argv", ["numerics.py", "--seeds=1", "--device=cpu", "--processes=1", f"--out={tmp_path}"]
+    )
     with pytest.raises(SystemExit) as ended:
         numerics.main()
     assert ended.value.code == 0
@@ -58,6 +60,34 @@ def test_the_report_is_written(tmp_path, monkeypatch):
     assert {"device", "versions", "commit", "worst_ours_over_fa2"} <= report.keys()
     assert "| float16 | 16 | 1 |" in (tmp_path / "cpu-numerics.md").read_text()
     assert (tmp_path / "cpu-numerics.png").stat().st_size > 1000
+
+
+def test_the_figure_may_be_drawn_afterwards(tmp_path, monkeypatch, capsys):
+    some = [numerics.Cell("float16", length, 1, 1.0, "flat") for length in (1, 16)]
+    monkeypatch.setattr(numerics, "cells", lambda small: iter(some))
+    arguments = ["numerics.py", "--seeds=1", "--device=cpu", "--processes=1", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(SystemExit) as ended:
+            numerics.main()
+    assert ended.value.code == 0
+    assert not list(tmp_path.glob("*.png"))
+    command = capsys.readouterr().out.partition("python ci/")[2].partition("\n")[0]
+    monkeypatch.setattr(sys, "argv", command.split())
+    numerics.main()
+    assert (tmp_path / "cpu-numerics.png").stat().st_size > 1000
+
+
+def test_processes_measure_the_same():
+    chosen = [
+        numerics.Cell(dtype, length, levels, 1.0, "flat")
+        for dtype in ("float16", "bfloat16")
+        for length, levels in ((4, 2), (1, 1), (9, 2))
+    ]
+    alone = [numerics.measure(cell, 1, "cpu") for cell in chosen]
+    assert numerics.measure_all(chosen, 1, "cpu", processes=1) == alone
+    assert numerics.measure_all(chosen, 1, "cpu", processes=2) == alone
 
 
 def test_the_program_starts():
