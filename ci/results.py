@@ -111,7 +111,7 @@ def record(stage: str, status: int, seconds: int, logs: Path) -> None:
     }
     if stage in ("compile", "conformance", "numerics", "sanitize"):
         entry["summary"] = (log.strip().splitlines() or [""])[-1]
-    else:
+    if stage not in ("compile", "conformance", "numerics"):
         entry |= count(log)
     if stage.startswith("bench"):
         # Each cell was checked before it was timed. Where one failed (1), earlier times are not kept: they
