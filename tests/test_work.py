@@ -72,8 +72,9 @@ def plans() -> Iterator[WorkPlan]:
         yield plan_of(star, np.ones(40, np.int64), HEADS[name], INTERPRETER)
 
 
-@pytest.fixture(scope="module", params=["as tuned", "short splits"])
+@pytest.fixture(params=["as tuned", "short splits"])
 def work(request: pytest.FixtureRequest) -> Iterator[list[WorkPlan]]:
+    """Made for each test anew: mutation testing asks which tests run what is planned here."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "short splits":
             patch.setattr(hydragen.work, "split_size", lambda _, __, tile, *_3, **_4: tile.step)
