@@ -5,7 +5,8 @@
 
 mutmut (pip install mutmut) changes one operator, constant or argument at a time, in a copy under out/mutate,
 and runs the tests that reach it. Mutants that survive must be explained in ci/mutants.toml: others
-are printed with their change, and the exit status is 1. Counts and survivors go to ci/results/mutants.json.
+are printed with their change, and the exit status is 1. Counts and survivors of each group go to
+ci/results/mutants.json; a group that is not run keeps those it has.
 """
 
 import argparse
@@ -31,7 +32,7 @@ GROUPS = {
     ),
     "work": (
         ["src/hydragen/work.py", "src/hydragen/queries.py"],
-        ["tests/test_work.py", "tests/test_planted_kernels.py"],
+        [f"tests/test_{name}.py" for name in ("work", "prefix_tiles", "tuning", "planted_kernels")],
     ),
 }
 # Memory is measured in processes of their own, which know nothing of mutants; bugs are planted elsewhere.
@@ -99,8 +100,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="no run: report on the last one")
     given = parser.parse_args()
     rules = tomllib.loads((ROOT / "ci" / "mutants.toml").read_text())["survives"]
-    outcomes: dict[str, str] = {}
-    survivors: dict[str, list[str]] = {}
+    path = ROOT / "ci" / "results" / "mutants.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    unexplained = 0
     for group in given.groups:
         if not given.report:
             lay_out(group)
@@ -108,28 +110,29 @@ def main() -> None:
         of_group = results(group)
         if not of_group:
             sys.exit(f"mutmut has no results: run it in {HERE / group} and see what it prints")
-        outcomes |= of_group
-        survivors |= {name: change(group, name) for name, found in of_group.items() if found == "survived"}
-    reasons = {name: reason(name, lines, rules) for name, lines in survivors.items()}
-    counts = Counter(outcomes.values())
-    report = {
-        "groups": given.groups,
-        "mutants": len(outcomes),
-        "outcomes": dict(counts),
-        "survivors": [
-            {"mutant": name, "change": lines, "reason": reasons[name]} for name, lines in survivors.items()
-        ],
-    }
-    path = ROOT / "ci" / "results" / "mutants.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    unexplained = [name for name, why in reasons.items() if not why]
-    for name in unexplained:
-        print("\n".join([name, *survivors[name], ""]))
-    print(
-        f"{len(outcomes)} mutants: {', '.join(f'{number} {outcome}' for outcome, number in counts.items())}; "
-        f"{len(unexplained)} survivors without an explanation in ci/mutants.toml"
-    )
+        survivors = {name: change(group, name) for name, found in of_group.items() if found == "survived"}
+        reasons = {name: reason(name, lines, rules) for name, lines in survivors.items()}
+        counts = Counter(of_group.values())
+        report[group] = {
+            "mutants": len(of_group),
+            "outcomes": dict(counts),
+            "survivors": [
+                {"mutant": name, "change": lines, "reason": reasons[name]}
+                for name, lines in survivors.items()
+            ],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        open_ones = [name for name, why in reasons.items() if not why]
+        unexplained += len(open_ones)
+        for name in open_ones:
+            print("\n".join([name, *survivors[name], ""]))
+        print(
+            f"{group}: {len(of_group)} mutants: "
+            f"{', '.join(f'{number} {outcome}' for outcome, number in counts.items())}; "
+            f"{len(open_ones)} survivors without an explanation in ci/mutants.toml",
+            flush=True,
+        )
     sys.exit(bool(unexplained))
 
 
