@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import hydragen
 from hydragen.transformers import Completion, PrefixCache, stream
 from hydragen.transformers.batches import Prompts
-from hydragen.transformers.sampling import Sampling
+from hydragen.transformers.sampling import Sampling, logprobs_of
 
 
 def tokens(count: int, seed: int = 1) -> list[int]:
@@ -45,9 +45,9 @@ def ordinary(
     for count in range(new):
         with torch.no_grad():
             logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
-        token, logprob = (sampling or Sampling()).choose(logits, torch.tensor([seed]), torch.tensor([count]))
+        token = (sampling or Sampling()).choose(logits, torch.tensor([seed]), torch.tensor([count]))
         ids.append(int(token))
-        logprobs.append(float(logprob))
+        logprobs.append(float(logprobs_of(logits, token)))
     return ids[len(prompt) :], logprobs
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hydragen.host_ints import IntArray
-from hydragen.transformers.sampling import Sampling
+from hydragen.transformers.sampling import Sampling, logprobs_of
 
 if TYPE_CHECKING:
     from hydragen.transformers.cache import PrefixCache
@@ -25,7 +25,10 @@ KEEP_ABOVE = 0.75
 
 
 class Finished(NamedTuple):
-    """One sequence that is done: its place in the batch, its new tokens, and why it ended."""
+    """One sequence that is done: its place in the batch, its new tokens, and why it ended.
+
+    `logprobs` is empty where nobody asked for them.
+    """
 
     row: int
     token_ids: list[int]
@@ -45,7 +48,8 @@ class State:
         Whether the row goes on; the others are computed until they are dropped, and count for nothing.
     made, limit, seed : int64 [rows]
         New tokens so far, at most, and the seed.
-    tokens, logprobs : [rows, max_new_tokens]
+    tokens : int64 [rows, max_new_tokens]
+    logprobs : float32 [rows, max_new_tokens, or 0 if nobody asks for them]
     """
 
     token: Tensor
@@ -57,7 +61,7 @@ class State:
     logprobs: Tensor
 
     @classmethod
-    def begin(cls, limits: IntArray, seeds: IntArray, device: torch.device) -> State:
+    def begin(cls, limits: IntArray, seeds: IntArray, device: torch.device, logprobs: bool = False) -> State:
         """No tokens yet."""
         size, longest = limits.size, int(limits.max())
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
@@ -68,15 +72,18 @@ class State:
             limit=torch.from_numpy(limits).to(device),
             seed=torch.from_numpy(seeds).to(device),
             tokens=torch.zeros(size, longest, dtype=torch.int64, device=device),
-            logprobs=torch.zeros(size, longest, dtype=torch.float32, device=device),
+            logprobs=torch.zeros(size, longest if logprobs else 0, device=device, dtype=torch.float32),
         )
 
     @torch.no_grad()
     def accept(self, logits: Tensor, sampling: Sampling, stop: Tensor) -> None:
         """Choose the next tokens and note them, in place: a captured step reads and writes these tensors."""
-        chosen, logprob = sampling.choose(logits, self.seed, self.made)
+        chosen = sampling.choose(logits, self.seed, self.made)
         place = self.made.clamp(max=self.tokens.shape[1] - 1)[:, None]
-        for noted, new in ((self.tokens, chosen), (self.logprobs, logprob)):
+        notes = [(self.tokens, chosen)]
+        if self.logprobs.shape[1]:
+            notes.append((self.logprobs, logprobs_of(logits, chosen)))
+        for noted, new in notes:
             old = noted.gather(1, place)[:, 0]
             noted.scatter_(1, place, torch.where(self.active, new, old)[:, None])
         self.token.copy_(torch.where(self.active, chosen, self.token))
@@ -95,6 +102,7 @@ def decode(
     seeds: IntArray,
     sampling: Sampling,
     stop_token_ids: Sequence[int],
+    logprobs: bool = False,
 ) -> Iterator[Finished]:
     """Continue the rows of `cache` until its limit or a stop token; yield rows as they finish.
 
@@ -105,13 +113,15 @@ def decode(
     limits : int64 [rows]
         The most new tokens of each row; rows with 0 are left alone.
     seeds : int64 [rows]
+    logprobs : bool
+        Whether to note them.
     """
     device, start = cache.model.device, cache.lengths - cache.rows.path_lens
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=device)
     look_every = LOOK_EVERY if device.type == "cuda" else 1
     rows = np.flatnonzero(limits)
     reported = np.zeros(rows.size, dtype=bool)
-    state = State.begin(limits[rows], seeds[rows], device)
+    state = State.begin(limits[rows], seeds[rows], device, logprobs)
     state.accept(cache.last_logits(rows), sampling, stop)
     step: Step | None = None
     while True:

@@ -145,7 +145,7 @@ def stream(
             samples = _sample_numbers(batch, given)
             cache = stored.cache_for(batch)
             limits = np.full(batch.size, limit)
-            for done in decode(cache, limits, seeds[batch, samples], sampling, stop):
+            for done in decode(cache, limits, seeds[batch, samples], sampling, stop, logprobs):
                 bar.update()
                 prompt, sample = int(batch[done.row]), int(samples[done.row])
                 yield Completion(
@@ -259,7 +259,7 @@ def continue_rows(
             )
     cache.extend(given)
     seeds = of_the_first(cache.model, draw_seeds(seed, size))
-    done = decode(cache, limits, seeds, sampling, stop_ids(cache.model, stop_token_ids))
+    done = decode(cache, limits, seeds, sampling, stop_ids(cache.model, stop_token_ids), logprobs)
     return [
         Completion(
             one.row,

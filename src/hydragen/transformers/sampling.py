@@ -53,7 +53,7 @@ class Sampling:
                 "pass do_sample=True"
             )
 
-    def choose(self, logits: Tensor, seeds: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, logits: Tensor, seeds: Tensor, counts: Tensor) -> Tensor:
         """Choose a token per row.
 
         Parameters
@@ -65,17 +65,11 @@ class Sampling:
 
         Returns
         -------
-        tokens : int64 [rows]
-        logprobs : float32 [rows]
-            Under the model's own distribution, before temperature and filters.
+        int64 [rows]
         """
-        logits = logits.float()
-        if self.do_sample:
-            tokens = draw(torch.softmax(self._filtered(logits), dim=-1), uniform(seeds, counts))
-        else:
-            tokens = logits.argmax(dim=-1)
-        picked = logits.gather(1, tokens[:, None])[:, 0]
-        return tokens, picked - torch.logsumexp(logits, dim=-1)
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        return draw(torch.softmax(self._filtered(logits.float()), dim=-1), uniform(seeds, counts))
 
     def _filtered(self, logits: Tensor) -> Tensor:
         none = torch.empty(0)  # the filters take the tokens so far, and do not look at them
@@ -87,6 +81,15 @@ class Sampling:
         if self.min_p is not None:
             logits = MinPLogitsWarper(self.min_p)(none, logits)
         return logits
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probabilities of `tokens`, float32 [rows], before temperature and filters.
+
+    They take several passes over logits [rows, vocabulary] in float32: not for those who do not ask.
+    """
+    logits = logits.float()
+    return logits.gather(1, tokens[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
 
 
 def draw(probabilities: Tensor, at: Tensor) -> Tensor:
