@@ -117,15 +117,18 @@ def generate(
 @app.command()
 def bench(
     config: Annotated[Path, typer.Option(exists=True, help="A model's config.json, or the folder it is in.")],
-    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
-    prefix: Annotated[list[int] | None, typer.Option(help="Shared tokens; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences; may be repeated.")] = None,
+    prefix: Annotated[list[int] | None, typer.Option(min=1, help="Shared tokens; may be repeated.")] = None,
     completion: Annotated[int, typer.Option(min=4, help="New tokens per sequence.")] = 128,
-    out: Annotated[Path | None, typer.Option(help="CSV; cases that it has are not measured again.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="CSV, details in a .json beside it; cases it has are not repeated.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the table.")] = None,
     hf: Annotated[bool, typer.Option(help="Also measure transformers' own generate.")] = True,
     tree: Annotated[
         str | None, typer.Option(help="Two levels instead, e.g. 8x2048: 8 nodes of 2,048 under the prefix.")
     ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Begin no case when this is nearly over.")] = 3600,
     dtype: Dtype = Dtype.auto,
     device: Device = "auto",
 ) -> None:
@@ -135,43 +138,36 @@ def bench(
     off; the prefix stored once but read by every sequence; transformers' generate with the prefix copied; and
     the bound, which is attention switched off plus the least time its memory traffic and arithmetic take.
     """
-    from hydragen.transformers.bench import (  # noqa: PLC0415 - slow
-        Case,
-        append_csv,
-        measure,
-        measure_tree,
-        measured,
-        table,
-    )
+    from hydragen.transformers.bench import run  # noqa: PLC0415 - slow
+    from hydragen.transformers.bench_cases import Case, random_model  # noqa: PLC0415 - slow
+    from hydragen.transformers.bench_files import Results  # noqa: PLC0415 - slow
 
     with told():
-        loaded = load_config(config, dtype, device)
         label = name or config_name(config)
-        done, heading = measured(out), True
-        for tokens in prefix or [1024, 4096]:
-            for size in batch or [32, 256]:
-                case = Case(label, size, tokens, completion)
-                if tree is not None:
-                    typer.echo(two_levels(measure_tree, loaded, case, tree))
-                elif case not in done:
-                    row = measure(loaded, case, hf=hf)
-                    typer.echo(table([row], heading))
-                    heading = False
-                    if out is not None:
-                        append_csv(row, out)
+        branches, branch = two_levels(tree)
+        cases = [
+            Case(label, size, tokens, completion, branches, branch, hf=hf and not branches)
+            for tokens in prefix or [1024, 4096]
+            for size in batch or [32, 256]
+        ]
+        chosen = None if dtype is Dtype.auto else dtype.value
+        run(
+            cases,
+            lambda _: random_model(config, chosen, pick(device)),
+            Results(out),
+            seconds=seconds,
+            say=typer.echo,
+        )
 
 
-def two_levels(measure_tree: Any, model: Any, case: Any, tree: str) -> str:
-    """Measure a tree like 8x2048 under the prefix, and say it in words."""
+def two_levels(tree: str | None) -> tuple[int, int]:
+    """Return the nodes and tokens of a tree like 8x2048; none if there is no tree."""
+    if tree is None:
+        return 0, 0
     branches, cross, tokens = tree.partition("x")
-    if not (branches.isdigit() and cross and tokens.isdigit()):
+    if not (branches.isdigit() and cross and tokens.isdigit() and int(branches) and int(tokens)):
         raise ValueError(f"--tree must be like 8x2048, nodes x tokens, got {tree}")
-    both, first, off = measure_tree(model, case, int(branches), int(tokens))
-    return (
-        f"{case.model}: {case.batch} answers, {case.prefix} + {tree} tokens: {both:,.0f} tokens/s with both "
-        f"levels shared, {first:,.0f} with the first only ({first / both:.0%} of the time), {off:,.0f} with "
-        "attention off"
-    )
+    return int(branches), int(tokens)
 
 
 @app.command()
@@ -206,20 +202,6 @@ def load(path: str, dtype: Dtype, device: str) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="hydragen", dtype=dtype.value)
     return model.to(pick(device)).eval()
-
-
-def load_config(path: Path, dtype: Dtype, device: str) -> Any:
-    """Make a model with random weights, directly on its device."""
-    import torch  # noqa: PLC0415 - slow
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow
-
-    import hydragen.transformers  # noqa: F401, PLC0415 - slow; registers the attention
-
-    config = AutoConfig.from_pretrained(path)
-    chosen = getattr(config, "dtype", None) or torch.float32 if dtype is Dtype.auto else dtype.value
-    with torch.device(pick(device)):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="hydragen", dtype=chosen)
-    return model.eval()
 
 
 def pick(device: str) -> str:

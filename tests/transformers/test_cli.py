@@ -149,7 +149,8 @@ def test_bench(model_folder: Path, tmp_path: Path) -> None:
         ("small", "2", "20"),
         ("small", "2", "30"),
     ]
-    assert all(float(row[name]) > 0 for row in rows for name in ("ours", "attention_off", "hf_generate"))
+    ways = "ours", "attention_off", "per_sequence_read", "hf_generate"
+    assert all(float(row[name]) > 0 for row in rows for name in ways)
     again = run(
         "bench", "--config", model_folder, "--batch", 2, "--prefix", 20, "--out", out, "--completion", 6
     )
@@ -168,7 +169,7 @@ def test_bench_of_two_levels(model_folder: Path) -> None:
         "bench", "--config", model_folder, "--batch", 4, "--prefix", 10, "--completion", 6, "--tree", "2x8"
     )
     assert done.exit_code == 0, done.output
-    assert "tokens/s with both levels shared" in done.output
+    assert "model0 > 2x8: first level shared only" in done.output
     wrong = run("bench", "--config", model_folder, "--batch", 5, "--prefix", 10, "--tree", "2x8")
     assert wrong.exit_code == 2
     assert "batch must be a multiple of the 2 branches, got 5" in wrong.output

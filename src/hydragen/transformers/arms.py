@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -27,10 +28,21 @@ def attention_replaced(other: Callable[[PrefixLayer, Tensor, dict[str, Any]], Te
 
 
 def switched_off(layer: PrefixLayer, q: Tensor, _: dict[str, Any]) -> Tensor:
-    """Attention switched off: right shape, no work."""
+    """Attention switched off: the queries in place of the result, no work unless heads change their size.
+
+    Not zeros: matrix products of zeros draw less power, and run faster for it.
+    """
     tail = layer.kv()[-1]
-    v = tail.v if isinstance(tail, PackedKV) else tail[1]
-    return q.new_zeros(*q.shape[:-1], v.shape[-1])
+    head_dim_v = (tail.v if isinstance(tail, PackedKV) else tail[1]).shape[-1]
+    return q if q.shape[-1] == head_dim_v else q.new_ones(*q.shape[:-1], head_dim_v)
+
+
+@lru_cache(maxsize=4)
+def _apart(tree: PrefixTree) -> PrefixTree:
+    """Return the tree in which each row has a prefix of its own, and its tail under that."""
+    size = tree.num_nodes - 1
+    parents = np.append(np.full(size, -1), np.arange(size))
+    return PrefixTree.from_parents(parents, row_to_node=tree.row_to_node + size - 1)
 
 
 def per_sequence(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Tensor:
@@ -44,16 +56,20 @@ def per_sequence(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Tens
     prefix = kv[0]
     k, v = (prefix.k[None], prefix.v[None]) if isinstance(prefix, PackedKV) else prefix
     level = k.expand(rows.size, -1, -1, -1), v.expand(rows.size, -1, -1, -1)
-    apart = PrefixTree.from_parents(
-        np.append(np.full(rows.size, -1), np.arange(rows.size)),
-        row_to_node=rows.step.tree.row_to_node + rows.size - 1,
-    )
+    apart = _apart(rows.step.tree)
 
     def lens() -> list[object]:
         return [np.repeat(rows.levels[0].lens, rows.size), rows.lens_on_device]
 
     plan = rows.step.plans.get(apart, [level, kv[1]], q.shape[2], lens)
     return cast("Tensor", plan.run(q, [level, kv[1]], **options))
+
+
+@lru_cache(maxsize=4)
+def _first_level_shared(size: int) -> PrefixTree:
+    """Return the tree of a root, a node for each row under it, and its tail under that."""
+    parents = np.concatenate([[-1], np.zeros(size, np.int64), np.arange(1, size + 1)])
+    return PrefixTree.from_parents(parents, row_to_node=np.arange(size + 1, 2 * size + 1))
 
 
 class FirstLevelOnly:
@@ -78,9 +94,7 @@ class FirstLevelOnly:
             shape = len(lens), int(lens[0])
             nodes = rows.parents.tolist()
             self.copies = k.unflatten(0, shape)[nodes], v.unflatten(0, shape)[nodes]
-        size = rows.size
-        parents = np.concatenate([[-1], np.zeros(size, np.int64), np.arange(1, size + 1)])
-        tree = PrefixTree.from_parents(parents, row_to_node=np.arange(size + 1, 2 * size + 1))
+        tree = _first_level_shared(rows.size)
 
         def lens_now() -> list[object]:
             return [rows.levels[0].lens, rows.levels[1].lens[rows.parents], rows.lens_on_device]

@@ -1,262 +1,214 @@
-"""The end-to-end table: decode throughput of a model over one shared prefix, and what else one could do."""
+"""The end-to-end benchmark: decode throughput of a model over shared tokens, and what else one could do."""
 
 from __future__ import annotations
 
-import csv
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from hydragen.explain import explain
 from hydragen.transformers.arms import FirstLevelOnly, attention_replaced, per_sequence, switched_off
+from hydragen.transformers.attention import read_as_usual
 from hydragen.transformers.batches import bytes_per_token
+from hydragen.transformers.bench_cases import Case, Prefixes, free_bytes, release
+from hydragen.transformers.bench_files import Results
 from hydragen.transformers.cache import PrefixCache
-from hydragen.transformers.decode import State, Step
-from hydragen.transformers.sampling import Sampling
-from hydragen.transformers.support import text_config
-from hydragen.tree import PrefixTree
+from hydragen.transformers.layers import PrefixLayer
+from hydragen.transformers.ordinary import ordinary_bytes, ordinary_step
+from hydragen.transformers.support import max_positions
+from hydragen.transformers.timing import StepTime, roof_seconds, time_step, timed
 
-# Steps that are not timed: the first is eager, the second captured.
-WARM_UP = 3
+# Seconds to measure one way of one case, where a step does not take longer
+SECONDS = 0.5
+# A case begins only if this many seconds are left: the longest takes about as much.
+LAST_START = 20.0
+# Beside weights, prefix and the rows' own tokens: activations, tables and partial results
+_SPARE = 2 * 2**30
 
-
-@dataclass(frozen=True)
-class Case:
-    """`batch` sequences over `prefix` shared tokens, `completion` new tokens each."""
-
-    model: str
-    batch: int
-    prefix: int
-    completion: int
+Way = Callable[[PrefixLayer, Tensor, dict[str, Any]], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One line of the table: decode tokens per second of each way; None where it does not fit.
+    """What was measured of a case: decode tokens per second of each way; None where it does not fit.
 
     Attributes
     ----------
     bound : float or None
         Attention switched off plus the attention's own roof; None on a CPU, whose roof is not known.
-    prefill_s, hf_prefill_s : float
-        Seconds to run the prefix once, and once through transformers' own attention.
-    read_tb_s : float
-        What the per-sequence arm reads of the prefix's keys and values, in the time it takes longer than
-        attention switched off, terabytes per second.
+    first_level_only : float or None
+        With two levels: sharing the first only.
+    prefill_s : float
+        Seconds to run the prefix once.
+    read_tb_s : float or None
+        What the per-sequence way reads of keys and values, in the time that it takes longer than attention
+        switched off, terabytes per second: caches included, so it may exceed the memory's.
+    details : dict
+        Step times, the attention's roof, memory, and why something was left out.
     """
 
-    model: str
-    batch: int
-    prefix: int
-    completion: int
-    ours: float
-    attention_off: float
-    per_sequence_read: float
-    hf_generate: float | None
-    bound: float | None
+    case: Case
     prefill_s: float
-    read_tb_s: float
+    ours: float | None = None
+    attention_off: float | None = None
+    per_sequence_read: float | None = None
+    hf_generate: float | None = None
+    bound: float | None = None
+    first_level_only: float | None = None
+    read_tb_s: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-COLUMNS = [field.name for field in fields(Row)][:9]
-
-
-def measure(model: PreTrainedModel, case: Case, hf: bool = True) -> Row:
-    """Measure all ways for one case, in one go."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    prompt = np.random.default_rng(0).integers(0, vocabulary, case.prefix)
-    prefill_s, prefix = timed(lambda: PrefixCache(model).prefill(prompt), model.device)
-    ours = step_seconds(prefix, case)
-    with attention_replaced(switched_off):
-        off = step_seconds(prefix, case)
-    with attention_replaced(per_sequence):
-        unshared = step_seconds(prefix, case)
-    size = bytes_per_token(prefix)
-    read = size * case.prefix * case.batch / max(unshared - off, 1e-9) / 1e12
-    roof = roof_seconds(prefix, case) if model.device.type == "cuda" else None
-    del prefix
-    other = hf_step_seconds(model, prompt, case, size) if hf else None
-
-    def rate(seconds: float | None) -> float | None:
-        return None if seconds is None else case.batch / seconds
-
-    return Row(
-        case.model,
-        case.batch,
-        case.prefix,
-        case.completion,
-        case.batch / ours,
-        case.batch / off,
-        case.batch / unshared,
-        rate(other),
-        rate(None if roof is None else off + roof),
-        prefill_s,
-        read,
-    )
-
-
-def measure_tree(
-    model: PreTrainedModel, case: Case, branches: int, branch_tokens: int
-) -> tuple[float, float, float]:
-    """Measure two levels of sharing: decode tokens per second of case.batch answers.
-
-    Under case.prefix shared tokens hang `branches` nodes of `branch_tokens` each, and under each of them as
-    many answers.
-
-    Returns
-    -------
-    ours, first_level_only, attention_off : float
-        Both levels shared; only the first one; attention switched off.
-    """
-    if case.batch % branches:
-        raise ValueError(f"batch must be a multiple of the {branches} branches, got {case.batch}; change one")
-    numbers = np.random.default_rng(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    trunk = PrefixCache(model).prefill(numbers.integers(0, vocabulary, case.prefix)).fork(branches)
-    trunk.extend(list(numbers.integers(0, vocabulary, (branches, branch_tokens))))
-    ours = step_seconds(trunk, case)
-    with attention_replaced(FirstLevelOnly()):
-        first = step_seconds(trunk, case)
-    with attention_replaced(switched_off):
-        off = step_seconds(trunk, case)
-    return case.batch / ours, case.batch / first, case.batch / off
-
-
-def step_seconds(prefix: PrefixCache, case: Case) -> float:
-    """Mean seconds of a decode step, over all steps after the warm-up."""
-    device = prefix.model.device
+def measure(prefixes: Prefixes, case: Case) -> Row:
+    """Measure all ways for one case; one that fails is left out, with the reason in `details`."""
+    device, most = prefixes.model.device, max_positions(prefixes.model)
+    positions = case.prefix + case.branch + case.completion
+    if most is not None and positions > most:
+        raise ValueError(
+            f"prefix must leave room for the completion in the model's {most} positions, got {positions} in "
+            "all; shorten it"
+        )
+    release(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the way before this one had
-    cache = prefix.fork(case.batch // prefix.num_rows)
-    limits = np.full(case.batch, case.completion)
-    with torch.no_grad():
-        state = State.begin(limits, np.arange(case.batch), device)
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        state.accept(cache.last_logits(np.arange(case.batch)), Sampling(), none)
-        cache.rows.begin_decode(np.arange(case.batch), limits - 1)
-        step = Step(cache, state, Sampling(), none)
-        for _ in range(min(WARM_UP, case.completion - 2)):
-            step.run()
-        steps = case.completion - 1 - min(WARM_UP, case.completion - 2)
-
-        def run() -> None:
-            for _ in range(steps):
-                step.run()
-
-        seconds, _ = timed(run, device)
-    return seconds / steps
-
-
-def hf_step_seconds(model: PreTrainedModel, prompt: Any, case: Case, token_bytes: int) -> float | None:
-    """Seconds a step of transformers' own generate, the prefix copied to every sequence; None: no room."""
-    needed = token_bytes * (case.prefix + case.completion) * case.batch
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        # A step joins old and new keys of a layer in a new tensor, and the prefix is there once more.
-        layers = text_config(model).num_hidden_layers
-        if needed * (1 + 2 / layers) > 0.9 * torch.cuda.mem_get_info(model.device)[0]:
-            return None
-    ids = torch.from_numpy(prompt).to(model.device)[None]
-    model.set_attn_implementation("sdpa")
-    try:
-        with torch.no_grad():
-            cache = DynamicCache(config=text_config(model))
-            model(ids[:, :-1], past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(case.batch)
-            options = {"past_key_values": cache, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-            ids = ids.expand(case.batch, -1)
-            seconds, out = timed(
-                lambda: model.generate(ids, max_new_tokens=case.completion, **options), model.device
-            )
-    finally:
-        model.set_attn_implementation("hydragen")
-    new: int = out.shape[1] - ids.shape[1]
-    return seconds / new
+        torch.cuda.reset_peak_memory_stats(device)
+    prefill_s, prefix = prefixes.of(case)
+    row = Row(case, prefill_s)
+    row.details = {"left_out": {}, "bytes_per_token": bytes_per_token(prefix)}
+    # All ways share the memory of the rows' own tokens.
+    needed = row.details["bytes_per_token"] * case.batch * case.completion + _SPARE
+    if free_bytes(device) < needed:
+        prefixes.keep_only(case)
+        release(device)
+    if free_bytes(device) < needed:
+        free = free_bytes(device) / 2**30
+        row.details["left_out"]["all"] = f"needs {needed / 2**30:,.1f} GiB, {free:,.1f} GiB are free"
+        return row
+    _time_ways(row, prefix.fork(case.batch // prefix.num_rows))
+    release(device)
+    if device.type == "cuda":
+        row.details["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    if case.hf:
+        _measure_ordinary(row, prefixes)
+    return row
 
 
-def roof_seconds(prefix: PrefixCache, case: Case) -> float:
-    """Least time of a step's attention in all layers: its arithmetic and its memory traffic overlapping."""
-    tails = np.full(case.batch, case.completion // 2)
-    tree = PrefixTree.from_levels([[case.prefix], tails])
-    config, total = text_config(prefix.model), 0.0
-    for layer in prefix.layers:
-        kv = layer.kv()[0]
-        k, v = kv if isinstance(kv, tuple) else (kv.k, kv.v)
-        total += explain(
-            tree,
-            num_q_heads=config.num_attention_heads,
-            num_kv_heads=k.shape[-2],
-            head_dim=k.shape[-1],
-            head_dim_v=v.shape[-1],
-            dtype=k.dtype,
-            device=k.device,
-        ).seconds
-    return total
+def _time_ways(row: Row, cache: PrefixCache) -> None:
+    """Time the ways over what one fork holds, one after another."""
+    case, device, left_out = row.case, cache.model.device, row.details["left_out"]
+    third: tuple[str, Way] = ("per_sequence_read", per_sequence)
+    if case.branches:
+        third = "first_level_only", FirstLevelOnly()
+    times: dict[str, StepTime] = {}
+    for name, way in (("ours", read_as_usual), ("attention_off", switched_off), third):
+        with attention_replaced(way):
+            found = _unless_it_fails(lambda: time_step(cache, case.completion, SECONDS), left_out, name)
+        if found is None:
+            cache.reset()  # a forward pass may have broken off halfway
+        else:
+            times[name] = found
+            setattr(row, name, case.batch / found.seconds)
+            if name == "ours":
+                row.details["roof_s"] = roof_seconds(cache, found.lengths)
+        release(device)
+    row.details["step"] = {name: vars(found) for name, found in times.items()}
+    _compare(row, times)
+    if case.whole:
+        cache.reset()
+        row.details["whole"] = _unless_it_fails(lambda: _whole(cache, case), left_out, "whole")
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that `run` takes, device work included, and what it returns."""
+def _compare(row: Row, times: dict[str, StepTime]) -> None:
+    """Fill in what follows from several ways."""
+    roof, off, apart = row.details.get("roof_s"), times.get("attention_off"), times.get("per_sequence_read")
+    if off is not None and roof is not None:
+        row.bound = row.case.batch / (off.seconds + roof)
+    if off is not None and apart is not None:
+        tokens = row.case.prefix + sum(apart.lengths) / len(apart.lengths)
+        read = row.details["bytes_per_token"] * row.case.batch * tokens
+        row.read_tb_s = read / max(apart.seconds - off.seconds, 1e-9) / 1e12
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    wait()
+def run(
+    cases: Iterable[Case],
+    make: Callable[[str], PreTrainedModel],
+    results: Results,
+    *,
+    seconds: float = float("inf"),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Measure cases in order and write each down at once; those that `results` has are not measured again.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+        Those of one model side by side: one model lives at a time.
+    make : callable
+        Makes the model of a name.
+    results : Results
+    seconds : float
+        How long all may take: a case begins only while there is time.
+    say : callable
+        Is told each row as text.
+    """
     began = time.perf_counter()
-    out = run()
-    wait()
-    return time.perf_counter() - began, out
+    prefixes: Prefixes | None = None
+    for case in cases:
+        if results.has(case.key):
+            continue
+        if time.perf_counter() - began > max(seconds - LAST_START, seconds / 2):
+            say(results.leave_out(case, f"no time: {seconds:.0f} s in all"))
+            continue
+        try:
+            if prefixes is None or prefixes.name != case.model:
+                prefixes = None  # the memory of the one before
+                release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+                start = time.perf_counter()
+                prefixes = Prefixes(case.model, make(case.model))
+                results.note(f"{case.model}: made in {time.perf_counter() - start:.1f} s")
+            say(results.add(measure(prefixes, case)))
+        except (RuntimeError, MemoryError) as error:
+            say(results.leave_out(case, _reason(error)))
+    results.finish(time.perf_counter() - began)
 
 
-def table(rows: Sequence[Row], heading: bool = True) -> str:
-    """Return rows as text."""
-    names = [
-        "batch",
-        "prefix",
-        "prefill s",
-        "ours",
-        "attn off",
-        "per seq.",
-        "TB/s",
-        "HF",
-        "bound",
-        "tokens/s",
-    ]
-    lines = ["".join(name.rjust(10) for name in names)] if heading else []
-    for row in rows:
-        rates = [row.ours, row.attention_off, row.per_sequence_read]
-        cells = [f"{row.batch:,}", f"{row.prefix:,}", f"{row.prefill_s:.2f}", *(f"{x:,.0f}" for x in rates)]
-        cells += [f"{row.read_tb_s:.2f}", *(_or_dash(x) for x in (row.hf_generate, row.bound)), row.model]
-        lines.append("".join(cell.rjust(10) for cell in cells[:-1]) + "  " + cells[-1])
-    return "\n".join(lines)
+def _whole(cache: PrefixCache, case: Case) -> float:
+    """Tokens per second of whole completions by `generate`, but for the first, which the prefill gives."""
+
+    def complete() -> None:
+        cache.generate(max_new_tokens=case.completion, stop_token_ids=[])
+
+    return case.batch * (case.completion - 1) / timed(complete, cache.model.device)[0]
 
 
-def append_csv(row: Row, path: Path) -> None:
-    """Add a line to the table; empty where a way does not fit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        values = [getattr(row, name) for name in COLUMNS]
-        writer.writerow(["" if x is None else f"{x:.1f}" if isinstance(x, float) else x for x in values])
+def _measure_ordinary(row: Row, prefixes: Prefixes) -> None:
+    case, device, left_out = row.case, prefixes.model.device, row.details["left_out"]
+    tokens = case.prefix + case.completion
+    needed = ordinary_bytes(prefixes.model, row.details["bytes_per_token"], case.batch, tokens)
+    if needed > 0.9 * free_bytes(device):
+        left_out["hf_generate"] = f"needs {needed / 2**30:,.1f} GiB"
+        return
+    found = _unless_it_fails(
+        lambda: ordinary_step(prefixes.model, prefixes.prompt(case.prefix), case.batch, case.completion),
+        left_out,
+        "hf_generate",
+    )
+    if found is not None:
+        row.hf_generate = case.batch / found["seconds"]
+        row.details["hf_generate"] = found
 
 
-def measured(path: Path | None) -> set[Case]:
-    """Return the cases that a table has."""
-    if path is None or not path.exists():
-        return set()
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {Case(x["model"], int(x["batch"]), int(x["prefix"]), int(x["completion"])) for x in rows}
+def _unless_it_fails(run: Callable[[], Any], left_out: dict[str, str], name: str) -> Any:
+    """Return what `run` returns, or None and note the reason: running out of memory is a finding."""
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        left_out[name] = _reason(error)
+        return None
 
 
-def _or_dash(x: float | None) -> str:
-    return "-" if x is None else f"{x:,.0f}"
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -68,7 +68,11 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
             self._move(step.layout, k, v)
         for tail, new in zip(self._tails(), (k, v), strict=True):
             tokens = new.transpose(1, 2).flatten(0, 1)  # [rows * tokens, heads, dim]
-            tail.index_copy_(0, step.target, tokens if step.source is None else tokens[step.source])
+            if step.source is not None:
+                tokens = tokens[step.source]
+            if in_words(tail) and in_words(tokens):  # elements are copied one by one: the fewer the better
+                tail, tokens = tail.view(torch.int64), tokens.view(torch.int64)
+            tail.index_copy_(0, step.target, tokens)
         self.rows.waiting -= 1
 
     def kv(self) -> list[PackedKV | tuple[Tensor, Tensor]]:
@@ -139,6 +143,12 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         if name in ("shape", "dtype", "device", "transpose", "contiguous", "size", "dim"):
             _wrong_attention()
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+def in_words(x: Tensor) -> bool:
+    """Whether `x` can be viewed as words of eight bytes along its last dimension."""
+    sizes = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and all(size * x.element_size() % 8 == 0 for size in sizes)
 
 
 def take_handed_over() -> PrefixLayer | None:
