@@ -125,6 +125,22 @@ def test_a_cache_is_freed_without_the_garbage_collector(ours: PreTrainedModel) -
         gc.enable()
 
 
+def test_a_fork_that_has_generated_is_freed_without_the_garbage_collector(ours: PreTrainedModel) -> None:
+    """Ten thousand answers are many forks, and what they hold of the prefix is the largest there is."""
+    prefix = PrefixCache(ours).prefill(SYSTEM)
+    keys = weakref.ref(prefix.layers[0].keys)
+    gc.disable()
+    try:
+        fork = prefix.fork(2)
+        fork.generate(QUESTIONS[:2], max_new_tokens=4)
+        tails = weakref.ref(fork.layers[0].keys)
+        del prefix, fork
+        assert tails() is None
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
 def test_long_prompts_go_in_pieces(ours: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hydragen.transformers.cache.PREFILL_TOKENS", 7)
     out = hydragen.generate(ours, SYSTEM, QUESTIONS, max_new_tokens=4)

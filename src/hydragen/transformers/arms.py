@@ -57,10 +57,7 @@ def per_sequence(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Tens
     k, v = (prefix.k[None], prefix.v[None]) if isinstance(prefix, PackedKV) else prefix
     level = k.expand(rows.size, -1, -1, -1), v.expand(rows.size, -1, -1, -1)
     apart = _apart(rows.step.tree)
-
-    def lens() -> list[object]:
-        return [np.repeat(rows.levels[0].lens, rows.size), rows.lens_on_device]
-
+    lens = [np.repeat(rows.levels[0].lens, rows.size), rows.lens_on_device]
     plan = rows.step.plans.get(apart, [level, kv[1]], q.shape[2], lens)
     return cast("Tensor", plan.run(q, [level, kv[1]], **options))
 
@@ -95,10 +92,7 @@ class FirstLevelOnly:
             nodes = rows.parents.tolist()
             self.copies = k.unflatten(0, shape)[nodes], v.unflatten(0, shape)[nodes]
         tree = _first_level_shared(rows.size)
-
-        def lens_now() -> list[object]:
-            return [rows.levels[0].lens, rows.levels[1].lens[rows.parents], rows.lens_on_device]
-
+        now = [rows.levels[0].lens, rows.levels[1].lens[rows.parents], rows.lens_on_device]
         levels = [kv[0], self.copies, kv[2]]
-        plan = rows.step.plans.get(tree, levels, q.shape[2], lens_now)
+        plan = rows.step.plans.get(tree, levels, q.shape[2], now)
         return cast("Tensor", plan.run(q, levels, **options))

@@ -88,7 +88,7 @@ def read_as_usual(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Ten
     if plans is None:
         out = attention(q, kv, tree=tree, kv_lens=rows.kv_lens(), causal=causal, **options)
     else:
-        out = plans.get(tree, kv, q.shape[2], rows.kv_lens).run(q, kv, **options)
+        out = plans.get(tree, kv, q.shape[2], rows.kv_lens()).run(q, kv, **options)
     return cast("Tensor", out)  # without return_lse it is one
 
 

@@ -108,7 +108,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds: plans and their rows hold each other."""
+    """Give back what nobody holds: to the device, for those who ask for memory in other sizes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
