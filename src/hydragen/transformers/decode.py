@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hydragen.host_ints import IntArray
+from hydragen.transformers.experts import batched_experts, batched_pays
 from hydragen.transformers.sampling import Sampling, logprobs_of
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class Step:
 
     def __init__(self, cache: PrefixCache, state: State, sampling: Sampling, stop: Tensor) -> None:
         self.cache, self.state, self.sampling, self.stop = cache, state, sampling, stop
+        self.batched_experts = batched_pays(cache.model, state.token.numel())
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -184,7 +186,8 @@ class Step:
             self.graph = graph
 
     def _eager(self) -> None:
-        logits = self.cache.decode(self.state.token, self.state.active)
+        with batched_experts(self.cache.model, self.batched_experts):
+            logits = self.cache.decode(self.state.token, self.state.active)
         self.state.accept(logits, self.sampling, self.stop)
 
 
