@@ -20,7 +20,8 @@ from hydragen.target import target_of
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_bool, check_options
-from hydragen.validation.planned import Planned, check_append, check_run, tables_of
+from hydragen.validation.planned import Planned, check_append, check_run
+from hydragen.validation.tables import tables_of, with_page_indices
 from hydragen.validation.update import (
     check_new_lens,
     check_new_offsets,
@@ -169,7 +170,10 @@ class Plan:
             self._state.set_pages(indices)
             # later changes of the tree begin with these
             pages = planned.nodes.pages._replace(indices=self._state.pages[: indices.numel()])
-            planned = self._planned = self._planned._replace(nodes=self._planned.nodes._replace(pages=pages))
+            planned = self._planned = planned._replace(
+                nodes=planned.nodes._replace(pages=pages),
+                tables=with_page_indices(planned.tables, page_indices),
+            )
         if offsets is not None and planned.rows.cu_seqlens_q is not None:
             planned.rows.cu_seqlens_q.copy_(offsets)
         if lens is not None:

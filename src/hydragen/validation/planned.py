@@ -18,6 +18,7 @@ from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
 from hydragen.validation.kv import check_kv
 from hydragen.validation.queries import Rows, as_max, check_device_offsets, check_offsets
+from hydragen.validation.tables import Table, tables_of, tensors_of
 from hydragen.validation.tensors import check_tensor, kind, shown
 
 
@@ -33,8 +34,8 @@ class Planned(NamedTuple):
         Of the q of every run.
     rows : Rows
     like : tensor without elements, of the dtype and on the device of every run
-    tables : tuple of object
-        What the caller gave as offsets and page tables; a run may name them again.
+    tables : tuple of Table or None
+        The offsets and page tables that the caller gave; a run may name them again.
     """
 
     tree: PrefixTree
@@ -43,7 +44,7 @@ class Planned(NamedTuple):
     q_shape: tuple[int, ...]
     rows: Rows
     like: Tensor
-    tables: tuple[object, ...]
+    tables: tuple[Table | None, ...]
 
 
 def check_plan(
@@ -77,15 +78,6 @@ def _first_keys(kv: object) -> object:
         "kv must be a list of levels [(k, v), ...], a hydragen.PackedKV or a hydragen.PagedKV, got "
         f"{kind(kv)}; give the keys and values of any layer"
     )
-
-
-def tables_of(kv: KV) -> tuple[object, ...]:
-    """Return what the caller gave as offsets and page tables."""
-    if isinstance(kv, PagedKV):
-        return (kv.page_indptr, kv.page_indices)
-    if isinstance(kv, PackedKV):
-        return (kv.cu_seqlens_k,)
-    return tuple(level.cu_seqlens_k if isinstance(level, PackedKV) else None for level in kv)
 
 
 def _check_rows(
@@ -202,38 +194,9 @@ def check_append(
     return caches[0], caches[1]
 
 
-def _tensors(kv: KV | tuple[Tensor, Tensor], planned: Planned) -> list[tuple[object, object]]:
+def _tensors(kv: object, planned: Planned) -> list[tuple[object, object]]:
     """Return the pair of keys and values of each level."""
-    nodes = planned.nodes
-    if isinstance(kv, (PackedKV, PagedKV)):
-        if any(x is not y for x, y in zip(tables_of(kv), planned.tables, strict=False)):
-            raise ValueError(
-                "kv must have the offsets and page table that the plan was made for, got others; pass the "
-                "pair (k, v) alone, and what changed to Plan.update"
-            )
-        return [(kv.k, kv.v) if isinstance(kv, PackedKV) else (kv.k_cache, kv.v_cache)]
-    if isinstance(kv, str) or not isinstance(kv, Sequence):
-        raise TypeError(f"kv must be as the plan was made for, tensors in pairs (k, v), got {kind(kv)}")
-    if not nodes.by_level:
-        if len(kv) != 2:
-            raise ValueError(
-                f"kv must be a pair (k, v) of the planned shapes, got {len(kv)} entries; "
-                "pass the tensors of one layer"
-            )
-        return [(kv[0], kv[1])]
-    if len(kv) != len(nodes.k):
-        raise ValueError(
-            f"kv must have the levels that the plan was made for, {len(nodes.k)}, got {len(kv)}; plan anew"
-        )
-    pairs: list[tuple[object, object]] = []
-    for i, level in enumerate(kv):
-        if isinstance(level, PackedKV):
-            pairs.append((level.k, level.v))
-        elif isinstance(level, Sequence) and not isinstance(level, str) and len(level) == 2:
-            pairs.append((level[0], level[1]))
-        else:
-            raise TypeError(f"kv[{i}] must be a pair (k, v), got {kind(level)}; pass [(k, v), ...]")
-    return pairs
+    return tensors_of(kv, planned.tables, len(planned.nodes.k) if planned.nodes.by_level else None)
 
 
 def _check_like(x: object, planned: Tensor, name: str, like: Tensor) -> Tensor:
