@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydragen_reference import oracle
 from torch import Tensor
 
 import hydragen
 from hydragen import PackedKV, PagedKV, PrefixTree
+from hydragen_reference import oracle
 
 LAYOUTS = ("levels", "packed levels", "packed", "paged")
 HEADS, KV_HEADS, DIM, DIM_V = 4, 2, 8, 4
@@ -180,22 +180,23 @@ class Account:
             if "levels" in self.layout and self.rng.integers(4) == 0:
                 return self.lens[nodes].tolist()
             self.most[nodes] = self.room[nodes]
-            return self._on_device(nodes)
+            return self._on_device(self.lens[nodes])
 
         return self._by_level(form)
 
-    def new_lens(self) -> Any:
+    def new_lens(self, lens: Any = None) -> Any:
         """Lengths for an update; a tensor may grow to all of the room, so it is only for what has that."""
+        lens = self.lens if lens is None else lens
 
         def form(nodes: Any) -> Any:
             host = (self.most[nodes] < self.room[nodes]).any() or self.rng.integers(8) == 0
-            return self.lens[nodes].tolist() if host else self._on_device(nodes)
+            return lens[nodes].tolist() if host else self._on_device(lens[nodes])
 
         return self._by_level(form)
 
-    def _on_device(self, nodes: Any) -> Tensor:
+    def _on_device(self, lens: Any) -> Tensor:
         dtype = [torch.int32, torch.int64][self.rng.integers(2)]
-        return torch.tensor(self.lens[nodes], dtype=dtype, device=self.device)
+        return torch.tensor(lens, dtype=dtype, device=self.device)
 
     def _by_level(self, form: Any) -> Any:
         if "levels" in self.layout:

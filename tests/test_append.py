@@ -123,3 +123,74 @@ def test_a_frozen_row_may_point_at_a_page_of_another(frozen_first: bool) -> None
     assert torch.equal(pool[1, 2], new[0][live, 0])
     assert torch.equal(values[1, 2], new[1][live, 0])
     assert int((pool != 0).any(-1).any(-1).sum()) == 1
+
+
+def test_rows_may_move_to_a_level_of_another_kind() -> None:
+    """From a padded level to a packed one and back; a graph captured before writes nothing meanwhile."""
+    root = tuple(normal(2, 1, 8, KV_HEADS, DIM))
+    k, v = normal(2, 8, KV_HEADS, DIM, seed=1)
+    kv: Any = [root, PackedKV(k, v, [0, 8])]
+    tree = PrefixTree.from_parents([-1, 0])
+    up = PrefixTree.from_parents([-1, 0], row_to_node=[0])
+    lens = [torch.tensor([2]), torch.tensor([3])]
+    plan = hydragen.plan(tree, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2.0)
+    new = normal(2, 1, 1, KV_HEADS, DIM, seed=2)
+    level_of = {tree: 1, up: 0}
+    for now in (tree, up, tree, up):
+        plan.update(lens, tree=now)
+        lens[level_of[now]] += 1
+        plan.update(lens)
+        plan.append(kv, *new)
+        stored = root[0][0] if now is up else k
+        assert torch.equal(stored[int(lens[level_of[now]]) - 1], new[0][0, 0])
+        armed = {level: bool(slots.fresh.any()) for level, (_, slots) in plan._state._slots._levels.items()}
+        assert [level for level, fresh in armed.items() if fresh] == [level_of[now]]
+    expected = hydragen.attention(queries()[:1], kv, tree=up, kv_lens=lens)
+    torch.testing.assert_close(plan.run(queries()[:1], kv), expected)
+
+
+def test_caches_that_cannot_be_written_to() -> None:
+    tree, lens = PrefixTree.from_parents([-1]), torch.tensor([1])
+
+    def pool() -> Tensor:
+        return torch.zeros(2, 4, KV_HEADS, DIM)
+
+    plan = hydragen.plan(tree, PagedKV(pool(), pool(), [0, 2], [0, 1]), num_q_heads=HEADS, kv_lens=lens)
+    plan.update(lens + 1)
+    new, leaf = torch.ones(1, 1, KV_HEADS, DIM), torch.ones(1, 1, KV_HEADS, DIM, requires_grad=True)
+    with torch.inference_mode():
+        frozen = pool()
+    one = pool()
+    cases: list[tuple[tuple[Tensor, Tensor], Tensor, Tensor, str]] = [
+        ((pool().requires_grad_(), pool()), new, new, "kv k must not require gradients"),
+        ((pool(), pool()), new, leaf, "v must not require gradients"),
+        ((pool()[:1].expand(2, -1, -1, -1), pool()), new, new, "kv k must have a place for each element"),
+        ((pool(), frozen), new, new, "kv v must not be a tensor made under torch.inference_mode"),
+        ((one, one), new, new + 1, "kv v must have memory of its own"),
+    ]
+    for kv, k, v, message in cases:
+        with pytest.raises(ValueError, match=message):
+            plan.append(kv, k, v)
+    with torch.no_grad():
+        cache = (pool().requires_grad_(), pool())
+        plan.append(cache, leaf, leaf)
+    assert torch.equal(cache[0][0, 1], new[0, 0])
+    with torch.inference_mode():
+        plan.append((frozen, frozen), new, new)  # keys that are the values
+    assert torch.equal(frozen[0, 1], new[0, 0])
+
+
+def test_writes_that_would_overlap_are_found_on_request() -> None:
+    """Two rows that were forked in the middle of a page and still share it; a row in a page of the prefix."""
+    k, v = normal(2, 4, 4, KV_HEADS, DIM)
+    tree = PrefixTree.from_parents([-1, 0, 0])
+    table = PagedKV(k, v, [0, 1, 2, 3], [0, 1, 1])
+    lens = torch.tensor([3, 2, 2])
+    plan = hydragen.plan(tree, table, num_q_heads=HEADS, kv_lens=lens)
+    plan.update(torch.tensor([3, 2, 3]), validate=True)  # one of the two has ended
+    with pytest.raises(ValueError, match="page_indices must give every new token a place of its own"):
+        plan.update(torch.tensor([3, 4, 4]), validate=True)
+    with pytest.raises(ValueError, match="page_indices must give every new token a place of its own"):
+        plan.update(torch.tensor([3, 3, 3]), page_indices=[0, 0, 1], validate=True)
+    plan.update(torch.tensor([3, 3, 4]), page_indices=[0, 1, 2], validate=True)
+    plan.append((k, v), *normal(2, 2, 1, KV_HEADS, DIM))

@@ -19,6 +19,7 @@ FLOORS: list[set[str]] = [
     {"api"},
     {"planned"},
     {"plan_state"},
+    {"slots"},
     {"ops"},
     {"backends"},
     {"explain"},

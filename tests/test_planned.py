@@ -4,6 +4,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pages import paged
@@ -90,8 +91,9 @@ def test_pages(page_size: int, backend: str, device: torch.device) -> None:
     same(plan.run(q, (kv.k_cache, kv.v_cache), return_lse=True), expected)
     plan.update(page_indices=moved.page_indices)
     same(plan.run(q, (moved.k_cache, moved.v_cache), return_lse=True), expected)
-    with pytest.raises(ValueError, match="kv must have the offsets and page table that"):
-        plan.run(q, moved)
+    same(plan.run(q, moved, return_lse=True), expected)
+    with pytest.raises(ValueError, match=r"kv\.page_indices must be what the plan was made for"):
+        plan.run(q, kv)
 
 
 def packed_layout(tree: PrefixTree, seed: int, device: torch.device) -> PackedKV:
@@ -240,4 +242,72 @@ def test_a_plan_keeps_no_keys_and_values_alive() -> None:
     del kv
     gc.collect()
     assert [one() for one in gone] == [None, None]
+    assert plan.tree is TREE
+
+
+def test_packed_levels_with_other_offsets_are_refused() -> None:
+    k, v = normal(2, BATCH * ROOM, KV_HEADS, DIM)
+    prefix = layer(0, torch.device("cpu"))[0]
+    offsets = list(range(0, BATCH * ROOM + 1, ROOM))
+    other = [0, 1, *offsets[2:]]
+    plan = hydragen.plan(TREE, [prefix, PackedKV(k, v, offsets)], num_q_heads=HEADS)
+    q = queries()
+    expected = hydragen.attention(q, [prefix, PackedKV(k, v, offsets)], tree=TREE)
+    for same_offsets in (offsets, list(offsets), torch.tensor(offsets)):
+        found = plan.run(q, [prefix, PackedKV(k, v, same_offsets)])
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"kv\[1\]\.cu_seqlens_k must be what the plan was made for"):
+        plan.run(q, [prefix, PackedKV(k, v, other)])
+    with pytest.raises(ValueError, match=r"kv\[0\] must be padded, as the plan was made for"):
+        plan.run(q, [PackedKV(prefix[0][0], prefix[1][0], [0, PREFIX]), (k, v)])
+    # all nodes in one tensor are no level, whatever their offsets
+    with pytest.raises(ValueError, match="kv must be as the plan was made for, a list of levels"):
+        plan.run(q, PackedKV(k, v, offsets))
+
+
+def test_a_table_of_the_caller_may_change_in_place(device: torch.device) -> None:
+    """Also when the tree changes: the plan then begins with page numbers of its own."""
+    k, v = normal(2, 6, 4, KV_HEADS, DIM, device=device)
+    trees = [PrefixTree.from_parents([-1, 0, 0], row_to_node=rows) for rows in ([1, 2], [2, 0])]
+    table = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    plan = hydragen.plan(trees[0], PagedKV(k, v, [0, 1, 2, 3], table), num_q_heads=HEADS, reserve=2.0)
+    table.fill_(5)
+    plan.update(tree=trees[1])
+    q, right = queries(device=device)[:2], PagedKV(k, v, [0, 1, 2, 3], [0, 1, 2])
+    torch.testing.assert_close(plan.run(q, (k, v)), hydragen.attention(q, right, tree=trees[1]))
+
+
+def test_many_trees_leave_nothing_behind(backend: str, device: torch.device) -> None:
+    """Nodes of a level numbered here and there, levels of ever other strides: memory stays bounded."""
+    rng = np.random.default_rng(0)
+    first = PrefixTree.from_parents([-1, -1, 0, 0, 1, 1, 0])
+    q = normal(5, 1, 2, 8, device=device)
+    plan, sizes = None, []
+    for step in range(90 if backend == "reference" or device.type == "cuda" else 3):
+        # roots and leaves in any order that has parents first
+        roots = sorted(rng.choice(np.arange(1, 7), 1).tolist())
+        parents = [-1, *[-1 if node in roots else 0 for node in range(1, 7)]]
+        tree = first if plan is None else PrefixTree.from_parents(parents, row_to_node=range(2, 7))
+        room = 3 + step
+        kv = [tuple(normal(2, nodes, room, 2, 8, seed=step, device=device)) for nodes in (2, 5)]
+        lens = [torch.full((n,), 2 + step % 2, device=device) for n in (2, 5)]
+        if plan is None:
+            plan = hydragen.plan(tree, kv, num_q_heads=2, kv_lens=lens, backend=backend, reserve=4.0)
+        else:
+            plan.update(lens, tree=tree, kv=kv)
+        expected = hydragen.attention(q, kv, tree=tree, kv_lens=lens, backend=backend)
+        torch.testing.assert_close(plan.run(q, kv), expected)
+        sizes.append(len(plan._work.uploads) + len(plan._state._indices))
+    assert max(sizes) <= 70
+    assert len(plan._state._indices) == 0
+
+
+def test_another_tree_needs_its_lengths_where_they_grow() -> None:
+    """Or the capacities would count as lengths, and what nobody has written would be attended to."""
+    kv = packed_layout(TREE, 0, torch.device("cpu"))
+    lens = torch.tensor([PREFIX, *[1] * BATCH])
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2.0)
+    together = PrefixTree.from_parents(TREE.parents, row_to_node=[1, 1, 2, 3, 4])
+    with pytest.raises(ValueError, match="kv_lens must be given with kv or tree"):
+        plan.update(tree=together)
     assert plan.tree is TREE

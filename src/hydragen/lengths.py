@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -43,32 +43,40 @@ class KVLens(NamedTuple):
             return given if given.is_contiguous() else None
         return torch.cat([planned[:first], given, planned[end:]])
 
-    def clamped(self, planned: Tensor, uploads: dict[Any, Any]) -> Tensor:
+    def clamped(self, planned: Tensor, index_of: Callable[[IntArray], Tensor | slice]) -> Tensor:
         """Return all lengths, int32 [num_nodes], those on the device clamped to 0 and the capacity.
 
         Parameters
         ----------
         planned : int32 [num_nodes]
             `self.planned` on q's device.
-        uploads : dict
-            Keeps indices on the device from call to call.
+        index_of : callable
+            Where nodes are among all nodes, as `node_index` says it.
         """
         lens = planned.clone()
         for nodes, given in self.on_device:
-            first, end = int(nodes[0]), int(nodes[-1]) + 1
-            if end - first == nodes.size:
-                part = lens[first:end]
+            index = index_of(nodes)
+            if isinstance(index, slice):
+                part = lens[index]
                 # not by out=: for CUDA that narrows to int32 before the minimum is taken
                 part.copy_(torch.minimum(given.clamp(min=0), part))
-                continue
-            # a level whose nodes are numbered here and there
-            key = ("nodes", nodes.tobytes(), lens.device)
-            index = uploads.get(key)
-            if index is None:
-                with torch.inference_mode(False):  # it outlives the mode
-                    index = uploads[key] = torch.from_numpy(nodes.copy()).to(lens.device)
-            lens.index_copy_(0, index, torch.minimum(given.clamp(min=0), lens[index]).to(torch.int32))
+            else:
+                lens.index_copy_(0, index, torch.minimum(given.clamp(min=0), lens[index]).to(torch.int32))
         return lens
+
+
+def node_index(nodes: IntArray, uploads: dict[Any, Any], device: torch.device) -> Tensor | slice:
+    """Return where `nodes` are: neighbours in a slice, others as int64 on the device, kept in `uploads`."""
+    first, end = int(nodes[0]), int(nodes[-1]) + 1
+    if end - first == nodes.size:
+        return slice(first, end)
+    key = ("nodes", nodes.tobytes(), device)
+    index = uploads.get(key)
+    if index is None:
+        with torch.inference_mode(False):  # it outlives the mode
+            index = uploads[key] = torch.from_numpy(nodes.copy()).to(device)
+    kept: Tensor = index
+    return kept
 
 
 def on_device(lens: object) -> TypeGuard[Tensor]:

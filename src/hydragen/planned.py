@@ -15,12 +15,13 @@ from hydragen.handles import new_handle
 from hydragen.kv import KV
 from hydragen.lengths import KVLens, check_kv_lens
 from hydragen.ops import implement_run, run_in_graph
-from hydragen.plan_state import PlanState
+from hydragen.plan_state import PlanState, lasting
 from hydragen.target import target_of
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_bool, check_options
-from hydragen.validation.planned import Planned, check_append, check_run
+from hydragen.validation.append import check_append
+from hydragen.validation.planned import Planned, check_run
 from hydragen.validation.tables import tables_of, with_page_indices
 from hydragen.validation.update import (
     check_new_lens,
@@ -64,6 +65,7 @@ class Plan:
         with torch.inference_mode(False):  # what a plan owns outlives the mode in which it is made
             backend.prepare(self._work, self._device)
         self._state = PlanState(planned, self._work, lens, reserve)
+        self._planned = self._state.with_own_pages(planned)
         self.handle = new_handle(self)
 
     @property
@@ -143,7 +145,8 @@ class Plan:
         cu_seqlens_q : tensor, optional
             Other offsets on the device, if the plan was made with such.
         validate : bool
-            Check what lives on the device as well; waits for it.
+            Check what lives on the device as well, and that no new token falls on a page's token that is in
+            use already; waits for the device.
 
         Raises
         ------
@@ -154,7 +157,7 @@ class Plan:
         planned = self._planned
         # all checks first: an update that raises has changed nothing
         lens: KVLens | None = None
-        offsets = None if cu_seqlens_q is None else check_new_offsets(planned, cu_seqlens_q)
+        offsets = None if cu_seqlens_q is None else check_new_offsets(planned, cu_seqlens_q, validate)
         indices = None if page_indices is None else check_new_pages(planned, page_indices, validate)
         if tree is not None or kv is not None:
             if indices is not None:
@@ -166,14 +169,12 @@ class Plan:
         elif kv_lens is not None:
             room = None if self._state.kv_lens is None else self._work.kv_lens
             lens = check_new_lens(planned, room, kv_lens, validate)
-        if indices is not None and planned.nodes.pages is not None and self._state.pages is not None:
+            if validate:
+                self._state.check_places(planned, lens, indices)
+        if indices is not None:
             self._state.set_pages(indices)
-            # later changes of the tree begin with these
-            pages = planned.nodes.pages._replace(indices=self._state.pages[: indices.numel()])
-            planned = self._planned = planned._replace(
-                nodes=planned.nodes._replace(pages=pages),
-                tables=with_page_indices(planned.tables, page_indices),
-            )
+            tables = with_page_indices(planned.tables, page_indices)
+            planned = self._planned = planned._replace(tables=tables)
         if offsets is not None and planned.rows.cu_seqlens_q is not None:
             planned.rows.cu_seqlens_q.copy_(offsets)
         if lens is not None:
@@ -200,8 +201,8 @@ class Plan:
         Raises
         ------
         TypeError, ValueError
-            If shapes do not fit; if lengths are fixed; if rows do not end at nodes of their own that have
-            room and lie in one tensor.
+            If shapes do not fit; if gradients are asked for; if lengths are fixed; if rows do not end at
+            nodes of their own that have room and lie in one tensor.
         """
         planned = self._planned
         cache_k, cache_v = check_append(planned, kv, k, v)
@@ -235,8 +236,6 @@ class Plan:
         """`run`, which explains the arguments, outside of a graph, as (out, lse)."""
         planned = self._planned
         q, nodes = check_run(planned, q, kv)
-        if nodes.pages is not None and self._state.pages is not None:
-            nodes = nodes._replace(pages=nodes.pages._replace(indices=self._state.pages))
         options = check_options(q, scale, causal, window, softcap, sinks, return_lse, out_dtype)
         rows, heads = planned.rows, planned.heads
         call = Call(
@@ -265,10 +264,10 @@ class Plan:
 
     def _change_tree(self, tree: PrefixTree, kv: KV | None, kv_lens: object, validate: bool) -> None:
         planned, device = self._planned, self._device
-        if kv_lens is None and tree is planned.tree and self._lens_given:
+        if kv_lens is None and self._lens_given:
             raise ValueError(
-                "kv_lens must be given with kv in a plan whose lengths may grow, got None; pass how much "
-                "the nodes of the new layout hold"
+                "kv_lens must be given with kv or tree in a plan whose lengths may grow, got None; pass how "
+                "much the nodes hold now"
             )
         tree, nodes = check_new_tree(planned, self._capacity is not None, tree, kv, validate)
         lens = check_kv_lens(kv_lens, tree, nodes, device, validate, may_grow=True)
@@ -276,13 +275,14 @@ class Plan:
         changed = planned._replace(tree=tree, nodes=nodes, tables=tables)
         # these two raise if there is no room: nothing has changed until here
         work = self._make_work(changed, lens)
-        if nodes.pages is not None:
+        if nodes.pages is not None and kv is not None:
             self._state.set_pages(nodes.pages.indices)
-        work.uploads.update(self._work.uploads)
+        work.uploads.update(lasting(self._work.uploads))
+        changed = self._state.with_own_pages(changed)
         self._planned, self._work = changed, work
         replace_constants(work, device)
         self._backend.replace_tables(work, device)
-        self._state.set_rows(changed)
+        self._state.set_tree(changed)
         self._state.set_lens(changed, work, lens, grown=False)  # no token is new in a node that was not there
 
 

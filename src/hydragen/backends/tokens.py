@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from hydragen.backends.uploads import Uploaded
 from hydragen.forest import path_sums
 from hydragen.host_ints import IntArray
+from hydragen.lengths import node_index
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
@@ -47,7 +49,8 @@ def locate(plan: WorkPlan, call: Call, *, kernels_clamp: bool = False) -> Tokens
     if plan.lens_on_device:
         planned = _constants(plan, device).planned_lens
         given = None if masked or not kernels_clamp else call.kv_lens.unclamped(planned)
-        lens = call.kv_lens.clamped(planned, plan.uploads) if given is None else given
+        index_of = partial(node_index, uploads=plan.uploads, device=device)
+        lens = call.kv_lens.clamped(planned, index_of) if given is None else given
     return find_tokens(plan, lens, call.cu_seqlens_q, call.q.shape[0], masked, device)
 
 

@@ -17,8 +17,8 @@ from hydragen.lengths import on_device
 from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
 from hydragen.validation.kv import check_kv
-from hydragen.validation.queries import Rows, as_max, check_device_offsets, check_offsets
-from hydragen.validation.tables import Table, tables_of, tensors_of
+from hydragen.validation.queries import Rows, as_max, check_device_offsets, check_offset_values, check_offsets
+from hydragen.validation.tables import Tables, tables_of, tensors_of
 from hydragen.validation.tensors import check_tensor, kind, shown
 
 
@@ -44,7 +44,7 @@ class Planned(NamedTuple):
     q_shape: tuple[int, ...]
     rows: Rows
     like: Tensor
-    tables: tuple[Table | None, ...]
+    tables: Tables
 
 
 def check_plan(
@@ -60,6 +60,8 @@ def check_plan(
     first = check_tensor(_first_keys(kv), "kv's first k")
     num_heads = as_positive_int(num_q_heads, "num_q_heads")
     rows, leading = _check_rows(tree.num_rows, q_len, cu_seqlens_q, max_seqlen_q, total_q, first.device)
+    if validate and rows.cu_seqlens_q is not None:
+        check_offset_values(rows.cu_seqlens_q, leading[0], int(rows.lens.max(initial=0)))
     head_dim = first.shape[-1] if first.dim() else 0
     like = first.new_empty((0, num_heads, head_dim))
     _, nodes, heads = check_kv(kv, tree, tree.num_rows, like, validate)
@@ -159,12 +161,12 @@ def check_run(planned: Planned, q: object, kv: KV | tuple[Tensor, Tensor]) -> tu
             " plan for this one"
         )
     nodes = planned.nodes
-    tensors = _tensors(kv, planned)
+    tensors = tensors_of_run(planned, kv)
     ks, vs = [], []
     for i, (k, v) in enumerate(tensors):
         where = "kv" if len(tensors) == 1 and not nodes.by_level else f"kv[{i}]"
-        ks.append(_check_like(k, nodes.k[i], f"{where} k", like))
-        vs.append(_check_like(v, nodes.v[i], f"{where} v", like))
+        ks.append(check_like(k, nodes.k[i], f"{where} k", like))
+        vs.append(check_like(v, nodes.v[i], f"{where} v", like))
     return q, nodes._replace(
         k=tuple(ks),
         v=tuple(vs),
@@ -173,33 +175,13 @@ def check_run(planned: Planned, q: object, kv: KV | tuple[Tensor, Tensor]) -> tu
     )
 
 
-def check_append(
-    planned: Planned, kv: KV | tuple[Tensor, Tensor], k: object, v: object
-) -> tuple[Tensor, Tensor]:
-    """Return the tensors that hold the keys and values of the rows' last nodes, if new ones fit them."""
-    tensors, nodes = _tensors(kv, planned), planned.nodes
-    ends = planned.tree.row_to_node
-    level = int(nodes.level[ends[0]]) if ends.size else 0
-    caches = []
-    for x, new, held, name in zip(tensors[level], (k, v), (nodes.k, nodes.v), "kv", strict=True):
-        cache = _check_like(x, held[level], f"kv[{level}] {name}", planned.like)
-        tensor = check_tensor(new, name, planned.like)
-        shape = (*planned.q_shape[:2], *cache.shape[-2:])
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {list(shape)}, tokens and KV heads as planned, got "
-                f"{list(tensor.shape)}; one entry per row and query token"
-            )
-        caches.append(cache)
-    return caches[0], caches[1]
-
-
-def _tensors(kv: object, planned: Planned) -> list[tuple[object, object]]:
+def tensors_of_run(planned: Planned, kv: object) -> list[tuple[object, object]]:
     """Return the pair of keys and values of each level."""
     return tensors_of(kv, planned.tables, len(planned.nodes.k) if planned.nodes.by_level else None)
 
 
-def _check_like(x: object, planned: Tensor, name: str, like: Tensor) -> Tensor:
+def check_like(x: object, planned: Tensor, name: str, like: Tensor) -> Tensor:
+    """Return `x` if it is a tensor shaped like the `planned` one."""
     tensor = check_tensor(x, name, like)
     if tensor.shape != planned.shape:
         raise ValueError(

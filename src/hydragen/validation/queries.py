@@ -59,8 +59,7 @@ def check_queries(q: Tensor, cu_seqlens_q: object, max_seqlen_q: object, validat
     if on_device(cu_seqlens_q):
         rows = check_device_offsets(cu_seqlens_q, q.device, max_seqlen_q)
         if validate:
-            cu = check_cu_seqlens(cu_seqlens_q.cpu(), "cu_seqlens_q", q.shape[0], "q")
-            _check_max(as_max(max_seqlen_q), np.diff(cu))
+            check_offset_values(cu_seqlens_q, q.shape[0], as_max(max_seqlen_q))
         return rows
     cu = check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "q")
     lens = np.diff(cu)
@@ -130,6 +129,11 @@ def check_device_offsets(cu_seqlens_q: Tensor, device: torch.device, max_seqlen_
         )
     equal = _equal_rows(cu_seqlens_q.numel() - 1, as_max(max_seqlen_q))
     return Rows(equal.starts, equal.lens, cu_seqlens_q)
+
+
+def check_offset_values(cu_seqlens_q: Tensor, total: int, max_seqlen_q: int) -> None:
+    """Raise if offsets on a device do not fit q; waits for it."""
+    _check_max(max_seqlen_q, np.diff(check_cu_seqlens(cu_seqlens_q.cpu(), "cu_seqlens_q", total, "q")))
 
 
 def as_max(

@@ -21,7 +21,10 @@ class Table(NamedTuple):
     values: IntArray | None
 
 
-def tables_of(kv: KV) -> tuple[Table | None, ...]:
+Tables = tuple[Table | None, ...]
+
+
+def tables_of(kv: KV) -> Tables:
     """Return the tables of keys and values that have been checked: of all nodes, or one per level."""
     if isinstance(kv, PagedKV):
         return (_table(kv.page_indptr), _table(kv.page_indices))
@@ -30,7 +33,7 @@ def tables_of(kv: KV) -> tuple[Table | None, ...]:
     return tuple(_table(level.cu_seqlens_k) if isinstance(level, PackedKV) else None for level in kv)
 
 
-def with_page_indices(tables: tuple[Table | None, ...], page_indices: object) -> tuple[Table | None, ...]:
+def with_page_indices(tables: Tables, page_indices: object) -> Tables:
     """Return the tables of a pool with other page numbers, which have been checked."""
     return (tables[0], _table(page_indices))
 
@@ -39,7 +42,7 @@ def _table(given: object) -> Table:
     return Table(given, None if on_device(given) else as_int_vector(given, "kv").copy())
 
 
-def tensors_of(kv: object, tables: tuple[Table | None, ...], num_levels: int | None) -> list[tuple[object, object]]:
+def tensors_of(kv: object, tables: Tables, num_levels: int | None) -> list[tuple[object, object]]:
     """Return the pair of keys and values of each level of one layer, or of all nodes.
 
     Parameters
@@ -80,10 +83,10 @@ def tensors_of(kv: object, tables: tuple[Table | None, ...], num_levels: int | N
     return pairs
 
 
-def _of_all_nodes(
-    kv: PackedKV | PagedKV, tables: tuple[Table | None, ...], num_levels: int | None
-) -> tuple[object, object]:
-    planned = "a list of levels" if num_levels is not None else "a PackedKV" if len(tables) == 1 else "a PagedKV"
+def _of_all_nodes(kv: PackedKV | PagedKV, tables: Tables, num_levels: int | None) -> tuple[object, object]:
+    planned = (
+        "a list of levels" if num_levels is not None else "a PackedKV" if len(tables) == 1 else "a PagedKV"
+    )
     if planned != f"a {type(kv).__name__}":
         raise ValueError(
             f"kv must be as the plan was made for, {planned}, got a {type(kv).__name__}; pass the tensors of "
@@ -102,8 +105,7 @@ def _check_same(given: object, planned: Table | None, name: str) -> None:
     if planned is None or given is planned.given:
         return
     if on_device(given) or planned.values is None:
-        same = isinstance(given, Tensor) and isinstance(planned.given, Tensor)
-        same = same and _memory(given) == _memory(planned.given)
+        same = _memory(given) == _memory(planned.given)
     else:
         same = np.array_equal(as_int_vector(given, name), planned.values)
     if not same:
@@ -113,5 +115,5 @@ def _check_same(given: object, planned: Table | None, name: str) -> None:
         )
 
 
-def _memory(x: Tensor) -> tuple[object, ...]:
-    return x.device, x.dtype, x.data_ptr(), x.shape, x.stride()
+def _memory(x: object) -> tuple[object, ...]:
+    return (x.device, x.dtype, x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else (id(x),)

@@ -12,7 +12,7 @@ from hydragen.tree import PrefixTree
 from hydragen.validation.kv import check_kv
 from hydragen.validation.pages import check_page_indices
 from hydragen.validation.planned import Planned
-from hydragen.validation.queries import check_device_offsets
+from hydragen.validation.queries import check_device_offsets, check_offset_values
 from hydragen.validation.tensors import kind, shown
 
 
@@ -97,7 +97,32 @@ def check_new_pages(planned: Planned, page_indices: object, validate: bool) -> T
     return indices
 
 
-def check_new_offsets(planned: Planned, cu_seqlens_q: object) -> Tensor:
+def check_new_places(planned: Planned, before: Tensor, lens: KVLens, pages: Tensor) -> None:
+    """Raise if two tokens share a place in the pool, and one of them is new; reads lengths and pages back."""
+    table = planned.nodes.pages
+    if table is None:
+        return
+    now = lens.planned.copy()
+    for nodes, given in lens.on_device:
+        now[nodes] = np.minimum(np.maximum(given.cpu().numpy(), 0), now[nodes])
+    owner = np.repeat(np.arange(now.size), now)
+    token = np.arange(owner.size) - (np.cumsum(now) - now)[owner]
+    entry = planned.nodes.slot[owner] + token // table.size
+    place = pages.cpu().numpy().astype(np.int64)[entry] * table.size + token % table.size
+    new = token >= before.cpu().numpy()[owner]
+    order = np.lexsort((new, place))
+    place, new, owner = place[order], new[order], owner[order]
+    wrong = (place[1:] == place[:-1]) & new[1:]
+    if wrong.any():
+        at = int(wrong.argmax())
+        page, within = divmod(int(place[at]), table.size)
+        raise ValueError(
+            f"page_indices must give every new token a place of its own, got page {page}, token {within} for "
+            f"nodes {owner[at]} and {owner[at + 1]}; copy the page before a row writes to it"
+        )
+
+
+def check_new_offsets(planned: Planned, cu_seqlens_q: object, validate: bool) -> Tensor:
     """Return offsets of as many rows as planned."""
     given = planned.rows.cu_seqlens_q
     if given is None:
@@ -111,4 +136,6 @@ def check_new_offsets(planned: Planned, cu_seqlens_q: object) -> Tensor:
             f"{shown(cu_seqlens_q)}; plan anew for other rows"
         )
     check_device_offsets(cu_seqlens_q, given.device, 0)
+    if validate:
+        check_offset_values(cu_seqlens_q, planned.q_shape[0], int(planned.rows.lens.max(initial=0)))
     return cu_seqlens_q
