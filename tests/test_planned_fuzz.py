@@ -181,6 +181,7 @@ def test_a_plan_follows_its_account(backend: str, device: torch.device) -> None:
         assert refused > plans * steps / 8
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_the_fuzzing_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that forgets, one that an error changes, one that appends nothing, an error without a name."""
     cpu = torch.device("cpu")

@@ -75,7 +75,7 @@ def tree_attention(
     scale, causal, window, softcap
         As for `attend`.
     sinks : tensor [num_q_heads], optional
-        One more logit per head, whose value is zero.
+        One more logit per head, whose value is zero. Infinite, it makes `out` NaN, as softmax does.
     out_dtype : torch.dtype, optional
         What `out` is rounded to at the end, by default the dtype of `q`.
 
@@ -149,8 +149,10 @@ def tree_attention(
         state = State(out[:-1], lse[:-1])
 
     if sinks is not None:
-        sink = State(torch.zeros_like(state.out), sinks.to(accumulation_dtype).expand_as(state.lse))
-        state = merge_states([state, sink])
+        logits = sinks.to(accumulation_dtype).expand_as(state.lse)
+        # its value is zero, but the weight of an infinite logit is inf / inf
+        values = torch.zeros_like(state.out).masked_fill((logits == torch.inf)[..., None], torch.nan)
+        state = merge_states([state, State(values, logits)])
     return State(state.out.to(q.dtype if out_dtype is None else out_dtype), state.lse)
 
 

@@ -88,7 +88,7 @@ def attention(
     softcap : float, optional
         Logits become softcap * tanh(logit / softcap), before masking.
     sinks : tensor [num_q_heads], optional
-        One more logit per head, whose value is zero, counted once per query.
+        One more logit per head, whose value is zero, counted once per query; -inf counts for nothing.
     return_lse : bool
         Return an AttentionState with the log-sum-exp as well.
     out_dtype : torch.dtype, optional
@@ -106,7 +106,8 @@ def attention(
     tensor or AttentionState
         `out` shaped like q with head_dim_v, in `out_dtype`. With `return_lse`, (out, lse): lse shaped like q
         without its last dimension, float32 (float64 for float64), natural log. A row that has nothing to
-        attend gets out = 0 and lse = -inf (with sinks: lse = sink).
+        attend gets out = 0 and lse = -inf (with sinks: lse = sink). A logit or sink of +inf, also one beyond
+        the range of float32, makes out NaN, as in softmax.
 
     Raises
     ------
