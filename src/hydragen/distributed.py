@@ -20,12 +20,16 @@ def merge_over_ranks(
 
     One all-gather, then the same merge in the order of ranks everywhere: all ranks get the same bits.
     Computed with `attention(..., return_lse=True, out_dtype=torch.float32)`, the parts lose nothing by the
-    exchange. Sinks belong into one rank's call only.
+    exchange. Sinks belong into one rank's call only. Nothing waits for the device, and with NCCL it can be
+    captured in a CUDA graph. After the exchange a rank holds the parts of all: group size times
+    (head_dim_v + 1) numbers per query and head.
 
     Parameters
     ----------
     state : AttentionState or (out, lse)
-        out [..., num_q_heads, head_dim_v] and lse [..., num_q_heads] of this rank, shaped alike on all ranks.
+        out [..., num_q_heads, head_dim_v] and lse [..., num_q_heads] of this rank. Shapes and dtypes must be
+        alike on all ranks, and all must call: neither is checked, which would take another exchange, and
+        otherwise torch.distributed hangs, fails or mixes rows up.
     group : torch.distributed process group, optional
         By default all ranks. NCCL for tensors on GPUs, gloo for those on CPUs.
     out_dtype : torch.dtype, optional
@@ -38,7 +42,8 @@ def merge_over_ranks(
     Raises
     ------
     TypeError, ValueError
-        If the tensors do not fit together or require gradients.
+        If the tensors do not fit together or require gradients; if this rank is not in the group, or the
+        group has no backend for the tensors' device.
     RuntimeError
         If torch.distributed has not been initialised.
 
@@ -63,6 +68,7 @@ def merge_over_ranks(
         raise RuntimeError(
             "merge_over_ranks needs torch.distributed; call torch.distributed.init_process_group first"
         )
+    _check_group(group, own.out.device)
     out, lse = own
     size = dist.get_world_size(group)
     # lse joins out as one more column, so that one exchange does
@@ -72,3 +78,25 @@ def merge_over_ranks(
     parts = gathered.view(size, *packed.shape)
     merged = merge_states([AttentionState(part[..., :-1], part[..., -1]) for part in parts])
     return AttentionState(merged.out.to(out.dtype if out_dtype is None else out_dtype), merged.lse)
+
+
+def _check_group(group: object, device: torch.device) -> None:
+    """Raise if this rank cannot exchange tensors on `device` within `group`."""
+    # what new_group gives a rank that is not in it, is an object of its own
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "group must be one that this rank is in, got one that it is not; call on the members alone"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed process group or None, got {type(group).__name__}; make one "
+            "with torch.distributed.new_group"
+        )
+    # "gloo", "nccl" or "cpu:gloo,cuda:nccl"
+    backends = dist.get_backend_config(group)
+    by_device = dict(pair.split(":") for pair in backends.split(",") if ":" in pair)
+    if by_device and device.type not in by_device:
+        raise ValueError(
+            f"group must have a backend for tensors on {device}, got {backends}; make one with "
+            'torch.distributed.new_group(backend="nccl"), or "gloo" for CPUs'
+        )
