@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"__init__"},
     {"api"},
     {"planned"},
+    {"runner"},
     {"plan_state"},
     {"slots"},
     {"ops"},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hydragen.backends import Backend
-from hydragen.backends.tokens import needs_positions, replace_constants
+from hydragen.backends.tokens import replace_constants
 from hydragen.capacity import Capacity, capacity_for, fitted
 from hydragen.explain import Explanation, explanation
 from hydragen.handles import new_handle
@@ -16,12 +16,13 @@ from hydragen.kv import KV
 from hydragen.lengths import KVLens, check_kv_lens
 from hydragen.ops import implement_run, run_in_graph
 from hydragen.plan_state import PlanState, lasting
+from hydragen.runner import Options, Runner
 from hydragen.target import target_of
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
-from hydragen.validation import Call, check_bool, check_options
+from hydragen.validation import check_bool
 from hydragen.validation.append import check_append
-from hydragen.validation.planned import Planned, check_run
+from hydragen.validation.planned import Planned
 from hydragen.validation.tables import tables_of, with_page_indices
 from hydragen.validation.update import (
     check_new_lens,
@@ -66,6 +67,7 @@ class Plan:
             backend.prepare(self._work, self._device)
         self._state = PlanState(planned, self._work, lens, reserve)
         self._planned = self._state.with_own_pages(planned)
+        self._runner = Runner(backend)
         self.handle = new_handle(self)
 
     @property
@@ -173,6 +175,7 @@ class Plan:
                 self._state.check_places(planned, lens, indices)
         if indices is not None:
             self._state.set_pages(indices)
+            self._runner.forget()
             tables = with_page_indices(planned.tables, page_indices)
             planned = self._planned = planned._replace(tables=tables)
         if offsets is not None and planned.rows.cu_seqlens_q is not None:
@@ -234,16 +237,8 @@ class Plan:
         out_dtype: torch.dtype | None,
     ) -> AttentionState:  # fmt: skip
         """`run`, which explains the arguments, outside of a graph, as (out, lse)."""
-        planned = self._planned
-        q, nodes = check_run(planned, q, kv)
-        options = check_options(q, scale, causal, window, softcap, sinks, return_lse, out_dtype)
-        rows, heads = planned.rows, planned.heads
-        call = Call(
-            q, rows.starts, rows.lens, rows.cu_seqlens_q, nodes, planned.tree, KVLens(self._work.kv_lens),
-            heads, options,
-        )  # fmt: skip
-        tokens = self._state.tokens(planned, self._work, needs_positions(self._work, call))
-        return self._backend.run(self._work, call, tokens)
+        given = Options(scale, causal, window, softcap, return_lse, out_dtype)
+        return self._runner.run(self._planned, self._work, self._state, q, kv, sinks, given)
 
     def _make_work(self, planned: Planned, lens: KVLens) -> WorkPlan:
         capacity = self._capacity
@@ -280,6 +275,7 @@ class Plan:
         work.uploads.update(lasting(self._work.uploads))
         changed = self._state.with_own_pages(changed)
         self._planned, self._work = changed, work
+        self._runner.forget()
         replace_constants(work, device)
         self._backend.replace_tables(work, device)
         self._state.set_tree(changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,6 +13,9 @@ from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
+# q, keys of all levels, values of all levels, sinks
+Ready = Callable[[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None], AttentionState]
+
 
 class Backend(Protocol):
     """What every backend can do."""
@@ -21,6 +25,10 @@ class Backend(Protocol):
 
         `tokens` is what `tokens.locate` returns, if it is known already.
         """
+        ...
+
+    def ready(self, plan: WorkPlan, call: Call, tokens: Tokens) -> Ready | None:
+        """Return what computes calls like this one with other tensors; None: `run` has nothing to spare."""
         ...
 
     def prepare(self, plan: WorkPlan, device: torch.device) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hydragen.backends.launch import LOG2_E, Launcher
@@ -41,7 +41,7 @@ class PrefixLauncher:
     ) -> None:
         self._launcher, self._plain, self._level = launcher, plain, level
         self._tile, self._strides = tile, strides
-        self._descriptors: dict[int, Any] = {}
+        self._fields: dict[tuple[int, torch.Size], dict[str, Any]] = {}
 
     def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
         """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them."""
@@ -56,18 +56,17 @@ class PrefixLauncher:
     def _descriptor(self, side: int, x: Tensor) -> Any:
         """Describe k (0) or v (1) as [keys of all slots, num_kv_heads * head_dim]."""
         slot, row, head, _ = self._strides[side]
-        tokens = x.shape[-3]
-        rows = tokens if x.dim() == 3 or x.shape[0] == 1 else (x.shape[0] - 1) * (slot // row) + tokens
-        shape = [rows, x.shape[-2] * head]
-        found = self._descriptors.get(side)
-        if found is None or found.shape != shape:
-            block = [self._tile.block_n, head]
-            found = TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)
-            self._descriptors[side] = found
-        # Making one checks for microseconds what cannot have changed.
-        described = copy.copy(found)
-        described.base = x
-        found.base = None
+        key = (side, x.shape)
+        fields = self._fields.get(key)
+        if fields is None:
+            tokens = x.shape[-3]
+            rows = tokens if x.dim() == 3 or x.shape[0] == 1 else (x.shape[0] - 1) * (slot // row) + tokens
+            shape, block = [rows, x.shape[-2] * head], [self._tile.block_n, head]
+            fields = self._fields[key] = dict(vars(TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)))
+            fields["base"] = None
+        # Making one anew checks for microseconds what cannot have changed.
+        described = object.__new__(TensorDescriptor)
+        vars(described).update(fields, base=x)
         return described
 
 

@@ -21,6 +21,10 @@ from hydragen_reference import decomposed
 _COPY_UP_TO = 512
 
 
+def ready(plan: WorkPlan, call: Call, tokens: Tokens) -> None:
+    """Nothing is laid out before a call."""
+
+
 def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionState:
     """Compute one planned call; gradients flow through `out` and `lse`.
 

@@ -45,6 +45,57 @@ class _Tables(NamedTuple):
     no_lse: Tensor
 
 
+class Ready:
+    """Calls of one kind, checked and laid out: what is left is to allocate the results and to launch.
+
+    Holds nothing of the call that it was made for but what the plan owns.
+    """
+
+    def __init__(self, plan: WorkPlan, call: Call, tokens: Tokens) -> None:
+        q, options, pages = call.q, call.options, call.nodes.pages
+        self._plan = plan
+        self._out_dtype, self._return_lse = options.out_dtype, options.return_lse
+        self._out_shape, self._lse_shape = (*q.shape[:-1], plan.heads.head_dim_v), q.shape[:-1]
+        self._empty = q.numel() == 0
+        self._attends, self._merges = _launchers(plan, call, tokens)
+        tables = _tables(plan, q.device)
+        self._items, self._no_lse = tables.items, tables.no_lse
+        any_ints = tables.merge_indptr  # stands for pointers that this call does not use
+        token = any_ints if tokens.token is None else tokens.token
+        self._ints = (
+            token,
+            any_ints if tokens.q_pos is None else tokens.q_pos,
+            any_ints if tokens.kv_start is None else tokens.kv_start,
+            any_ints if tokens.kv_lens is None else tokens.kv_lens,
+            any_ints if pages is None else pages.indices,
+        )
+        self._merge_ints = (tables.merge_indptr, tables.merge_indices, token)
+        self._aligned = alignment((tokens.kv_lens, self._ints[-1]))
+
+    def __call__(
+        self, q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], sinks: Tensor | None
+    ) -> AttentionState:
+        """Compute one call with these tensors."""
+        plan = self._plan
+        out = q.new_empty(self._out_shape, dtype=self._out_dtype)
+        lse = q.new_empty(self._lse_shape, dtype=torch.float32) if self._return_lse else self._no_lse
+        if self._empty:
+            return AttentionState(out, lse)
+        workspace: _Workspace | None = plan.uploads.get(("workspace", q.device))
+        part_out, part_lse = _workspace(plan, q.device) if workspace is None else workspace
+        some_sinks = part_lse if sinks is None else sinks
+        with _on_device(q):
+            if self._attends:
+                aligned = alignment((q, *k, *v, sinks)) + self._aligned
+                buffers = (q, k, v, out, lse, part_out, part_lse, some_sinks)
+                for launcher, items in zip(self._attends, self._items, strict=True):
+                    launcher((*buffers, *items, *self._ints), aligned)
+            if self._merges is not None:
+                partials = (part_out, part_lse, out, lse, some_sinks, *self._merge_ints)
+                self._merges(partials, alignment((sinks,)))
+        return AttentionState(out, lse)
+
+
 def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionState:
     """Compute one planned call.
 
@@ -61,40 +112,14 @@ def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionSt
         asked for.
     """
     _check_supported(call)
-    q, heads, options = call.q, plan.heads, call.options
     tokens = locate(plan, call, kernels_clamp=True) if tokens is None else tokens
-    tables = _tables(plan, q.device)
-    out = q.new_empty((*q.shape[:-1], heads.head_dim_v), dtype=options.out_dtype)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if options.return_lse else tables.no_lse
-    if q.numel() == 0:
-        return AttentionState(out, lse)
-    workspace: _Workspace | None = plan.uploads.get(("workspace", q.device))
-    part_out, part_lse = _workspace(plan, q.device) if workspace is None else workspace
-    sinks = part_lse if options.sinks is None else options.sinks
-    attends, merges = _launchers(plan, call, tokens)
-    any_ints = tables.merge_indptr  # stands for pointers that this call does not use
-    token = any_ints if tokens.token is None else tokens.token
-    pages = call.nodes.pages
-    with _on_device(q):
-        if attends:
-            ints = (
-                token,
-                any_ints if tokens.q_pos is None else tokens.q_pos,
-                any_ints if tokens.kv_start is None else tokens.kv_start,
-                any_ints if tokens.kv_lens is None else tokens.kv_lens,
-                any_ints if pages is None else pages.indices,
-            )
-            given = (q, *call.nodes.k, *call.nodes.v, options.sinks, tokens.kv_lens, ints[-1])
-            aligned = alignment(given)
-            buffers = (q, call.nodes.k, call.nodes.v, out, lse, part_out, part_lse, sinks)
-            for launcher, items in zip(attends, tables.items, strict=True):
-                launcher((*buffers, *items, *ints), aligned)
-        if merges is not None:
-            merges(
-                (part_out, part_lse, out, lse, sinks, tables.merge_indptr, tables.merge_indices, token),
-                alignment((options.sinks,)),
-            )
-    return AttentionState(out, lse)
+    return Ready(plan, call, tokens)(call.q, call.nodes.k, call.nodes.v, call.options.sinks)
+
+
+def ready(plan: WorkPlan, call: Call, tokens: Tokens) -> Ready:
+    """Return what computes calls that differ from this one in nothing but what their tensors hold."""
+    _check_supported(call)
+    return Ready(plan, call, tokens)
 
 
 def prepare(plan: WorkPlan, device: torch.device) -> None:
