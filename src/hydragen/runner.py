@@ -118,7 +118,7 @@ def _recognise(q: Any, kv: Any, by_level: bool, sinks: Any, given: Options) -> _
     v = tuple([pair[1] for pair in pairs])
     described: list[Any] = []
     for x in (q, *k, *v) if sinks is None else (q, *k, *v, sinks):
-        if type(x) is not Tensor:
+        if type(x) is not Tensor or x.is_nested or x.layout is not torch.strided:
             return None
         described += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
     # 1, 1.0 and True are equal, and not all of them are allowed
