@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import hydragen
 from hydragen.cli import app
-from hydragen.transformers import jsonl
+from hydragen.transformers import Completion, jsonl
 
 PROMPTS = ["w5 w6 w7", "w5 w6 w7 w8 w9"]
 
@@ -107,6 +107,24 @@ def test_a_run_goes_on_after_an_interruption(
     assert answers(prompts) == whole
     assert generate(model_folder, prompts, "-n", 5).exit_code == 0
     assert len(answers(prompts)) == 10
+
+
+def test_texts_with_ends_of_lines_of_their_own(tmp_path: Path) -> None:
+    """What str.splitlines takes for the end of a line may stand in JSON as it is."""
+    odd = "a\u2028b\u2029c\x85d"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n\n" + '{"prompt": [5]}', "utf-8")
+    assert jsonl.read_prompts(path, None) == [odd, [5]]
+    job = jsonl.Job([odd, [5]], 1, {"seed": 0})
+    made = [Completion(i, 0, [7, 8], odd, None, "length", 3) for i in range(2)]
+    answers = jsonl.Answers(tmp_path / "answers.jsonl", job)
+    assert answers.resume() == set()
+    answers.write(iter(made), [(0, 0), (1, 0)])
+    assert answers.resume() == {(0, 0), (1, 0)}
+    with answers.path.open("a") as file:
+        file.write("{oh\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl:3 must be JSON.*remove that line"):
+        answers.resume()
 
 
 def test_answers_of_another_job_are_not_mixed_in(model_folder: Path, prompts: Path) -> None:

@@ -35,14 +35,8 @@ class Job:
 def read_prompts(path: Path, tokenizer: Any) -> list[Any]:
     """Return the prompts of a file; chats are laid out by the tokenizer's template."""
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line, record in _records(path.read_text(encoding="utf-8"), path, f"write {FORMS}"):
         where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} must be JSON: {error}; write {FORMS}") from error
         if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
             raise ValueError(f"{where} must have either prompt or messages, got {line[:60]}; write {FORMS}")
         if "messages" in record:
@@ -91,13 +85,13 @@ class Answers:
         whole = whole[: whole.rfind(b"\n") + 1]
         with self.path.open("r+b") as file:
             file.truncate(len(whole))
-        records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-        return {(record["prompt"], record["sample"]) for record in records}
+        records = _records(whole.decode("utf-8"), self.path, "remove that line: its answer is made again")
+        return {(record["prompt"], record["sample"]) for _, _, record in records}
 
     def write(self, answers: Iterator[Completion], places: list[tuple[int, int]]) -> int:
         """Append answers as they come, answer i's prompt being places[i]; return how many."""
         count = 0
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
             for one in answers:
                 prompt, sample = places[one.prompt]
                 record: dict[str, Any] = {
@@ -114,6 +108,18 @@ class Answers:
                 file.flush()
                 count += 1
         return count
+
+
+def _records(text: str, path: Path, remedy: str) -> Iterator[tuple[int, str, Any]]:
+    """Yield each line's number, the line, and what it says; blank ones are left out."""
+    # Not by splitlines, for which a text within a line may hold ends of lines: U+0085, U+2028 and others.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, line, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} must be JSON: {error}; {remedy}") from error
 
 
 def _digest(prompts: Sequence[Any]) -> str:
