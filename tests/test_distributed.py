@@ -33,10 +33,30 @@ def attend_to_a_shard(rank: int, meeting: str, results: Any) -> None:
             packed.q, hydragen.PackedKV(k, v, offsets), tree=packed.tree, cu_seqlens_q=packed.cu_seqlens_q,
             return_lse=True, out_dtype=torch.float32,
         )  # fmt: skip
+        check_groups(rank, state)
         merged = merge_over_ranks(state)
         results.put((rank, merged.out.tolist(), merged.lse.tolist()))
     finally:
         dist.destroy_process_group()
+
+
+def check_groups(rank: int, state: Any) -> None:
+    """Of a group of rank 0 alone, within the two."""
+    alone = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(ValueError, match="group must be one that this rank is in"):
+            merge_over_ranks(state, alone)
+    else:
+        merged = merge_over_ranks(state, alone)
+        torch.testing.assert_close(merged.out, state.out)
+        torch.testing.assert_close(merged.lse, state.lse)
+        half = merge_over_ranks((state.out.half(), state.lse), alone)
+        assert half.out.dtype == torch.float16
+    for wrong in (0, "gloo"):
+        with pytest.raises(TypeError, match=r"group must be a torch\.distributed process group or None"):
+            merge_over_ranks(state, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group must have a backend for tensors on meta"):
+        merge_over_ranks((state.out.to("meta"), state.lse.to("meta")))
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hydragen.merging import merge_states
+from hydragen.merging import check_state, merge_states
 from hydragen.types import AttentionState
 
 
@@ -54,8 +54,8 @@ def merge_over_ranks(
         mine = attention(q, kv_of_this_rank, return_lse=True, out_dtype=torch.float32)
         out, lse = merge_over_ranks(mine, out_dtype=q.dtype)
     """
-    (own,) = [merge_states([state])]  # checks it
-    if torch.is_grad_enabled() and any(x.requires_grad for x in state):
+    out, lse = check_state(state, "state")
+    if torch.is_grad_enabled() and (out.requires_grad or lse.requires_grad):
         raise ValueError(
             "state must not require gradients, which do not pass between ranks, got requires_grad=True; "
             "call under torch.no_grad()"
@@ -68,22 +68,25 @@ def merge_over_ranks(
         raise RuntimeError(
             "merge_over_ranks needs torch.distributed; call torch.distributed.init_process_group first"
         )
-    _check_group(group, own.out.device)
-    out, lse = own
+    _check_group(group, out.device)
     size = dist.get_world_size(group)
     # lse joins out as one more column, so that one exchange does
-    packed = torch.cat([out.to(lse.dtype), lse[..., None]], -1)
+    packed = torch.cat([out, lse[..., None]], -1)  # in the wider dtype of the two
     gathered = packed.new_empty(size * packed.numel())
     dist.all_gather_into_tensor(gathered, packed.reshape(-1), group=group)
     parts = gathered.view(size, *packed.shape)
     merged = merge_states([AttentionState(part[..., :-1], part[..., -1]) for part in parts])
-    return AttentionState(merged.out.to(out.dtype if out_dtype is None else out_dtype), merged.lse)
+    return AttentionState(
+        merged.out.to(out.dtype if out_dtype is None else out_dtype), merged.lse.to(lse.dtype)
+    )
 
 
 def _check_group(group: object, device: torch.device) -> None:
     """Raise if this rank cannot exchange tensors on `device` within `group`."""
     # what new_group gives a rank that is not in it, is an object of its own
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
+    if group is dist.GroupMember.NON_GROUP_MEMBER or (
+        isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
+    ):
         raise ValueError(
             "group must be one that this rank is in, got one that it is not; call on the members alone"
         )

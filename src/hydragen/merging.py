@@ -48,7 +48,7 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
         )
     if len(states) == 0:
         raise ValueError("states must have at least one state, got none; pass [state_a, state_b, ...]")
-    checked = [_checked(state, f"states[{i}]") for i, state in enumerate(states)]
+    checked = [check_state(state, f"states[{i}]") for i, state in enumerate(states)]
     out, lse = checked[0]
     for i, (other_out, other_lse) in enumerate(checked[1:], start=1):
         for name, mine, first in ((f"states[{i}].out", other_out, out), (f"states[{i}].lse", other_lse, lse)):
@@ -63,7 +63,8 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
     return AttentionState(merged.out.to(out.dtype), merged.lse.to(lse.dtype))
 
 
-def _checked(state: object, name: str) -> tuple[Tensor, Tensor]:
+def check_state(state: object, name: str) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) if they fit together."""
     if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) for x in state):
         raise TypeError(
             f"{name} must be an AttentionState (out, lse) of tensors, got {type(state).__name__}; pass both"
