@@ -1,7 +1,11 @@
 """A prefix sharded over two processes equals the prefix in one."""
 
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,9 @@ def attend_to_a_shard(rank: int, meeting: str, results: Any) -> None:
             return_lse=True, out_dtype=torch.float32,
         )  # fmt: skip
         check_groups(rank, state)
-        merged = merge_over_ranks(state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merged = merge_over_ranks(state)
         results.put((rank, merged.out.tolist(), merged.lse.tolist()))
     finally:
         dist.destroy_process_group()
@@ -87,3 +93,19 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
             merge_over_ranks((torch.zeros(2, 3, 4), lse), out_dtype=wrong)  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeError), match="lse"):
         merge_over_ranks((out, torch.zeros(5)))
+
+
+def test_the_comparison_of_two_gpus_runs_on_a_cpu(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent / "bench" / "two_gpus.py"
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    options = ["--device", "cpu", "--prefix", "101", "--batch", "3", "--rounds", "2", "--output", str(found)]
+    done = subprocess.run(
+        [*command, str(script), *options], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shapes = json.loads(found.read_text())["shapes"]
+    assert list(shapes) == ["32/32", "32/8"]
+    assert all(shape["exact"] and shape["ratio"] > 0 for shape in shapes.values())
+    assert "32/32, prefix 101, batch 3: one" in done.stdout

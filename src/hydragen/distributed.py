@@ -9,6 +9,9 @@ from torch import Tensor
 from hydragen.merging import check_state, merge_states
 from hydragen.types import AttentionState
 
+# The name since torch 2.13, which warns of the former one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def merge_over_ranks(
     state: AttentionState | tuple[Tensor, Tensor],
@@ -73,7 +76,7 @@ def merge_over_ranks(
     # lse joins out as one more column, so that one exchange does
     packed = torch.cat([out, lse[..., None]], -1)  # in the wider dtype of the two
     gathered = packed.new_empty(size * packed.numel())
-    dist.all_gather_into_tensor(gathered, packed.reshape(-1), group=group)
+    _all_gather(gathered, packed.reshape(-1), group=group)
     parts = gathered.view(size, *packed.shape)
     merged = merge_states([AttentionState(part[..., :-1], part[..., -1]) for part in parts])
     return AttentionState(
