@@ -2,9 +2,9 @@
 
 `torchrun --standalone --nproc-per-node 2 tests/bench/two_gpus.py`. Every rank attends to its part of the
 prefix, `merge_over_ranks` puts the parts together: the exchange is in the time. First the result of all ranks
-is held against dense attention in float64, beside that of one GPU. Then both are timed as replayed CUDA graphs
-with cold caches, all ranks starting together; a round takes as long as its slowest rank. `--device cpu` does
-all this with gloo, on the clock of the host.
+is held against dense attention in float64, beside that of one GPU. Then both are timed as replayed CUDA
+graphs with cold caches, all ranks starting together; a round takes as long as its slowest rank. `--device
+cpu` does all this with gloo, on the clock of the host.
 """
 
 import argparse
