@@ -32,12 +32,15 @@ class SegmentCost:
         Keys in each.
     num_rows, num_tokens : int
         Sequences, and query tokens, that attend to each.
+    reads : int
+        How many times each is read: once, with the queries of all its sequences stacked into one matrix; or
+        once per sequence, or per group of them, where there is too little to do to be worth a partial result.
     batched : bool
-        Whether queries of several sequences are stacked into one matrix.
+        Whether it is read once for several sequences.
     block_m, num_splits : int
         Rows of the tile that computes it, and the number of programs its keys are split over.
     bytes, bytes_unshared : int
-        Keys and values read, all together: once per segment, or once per sequence.
+        Keys and values read, all together: `reads` times per segment, or once per sequence.
     flops : int
         Multiplications and additions, all together; sharing does not change them.
     seconds, seconds_unshared : float
@@ -51,6 +54,7 @@ class SegmentCost:
     kv_len: int
     num_rows: int
     num_tokens: int
+    reads: int
     batched: bool
     block_m: int
     num_splits: int
@@ -106,7 +110,7 @@ class Explanation:
         )
         lines = [heading]
         for s in self.segments:
-            batched = "yes" if s.batched else "per row"
+            batched = "yes" if s.batched else "per row" if s.reads == s.num_rows else f"{s.reads} groups"
             numbers = (f"{s.bytes / 1e6:,.2f}", f"{s.bytes_unshared / 1e6:,.2f}", f"{s.seconds * 1e6:,.1f}")
             lines.append(
                 (str(s.depth), f"{s.count:,}", f"{s.kv_len:,}", f"{s.num_rows:,}", batched, str(s.block_m))
@@ -195,28 +199,26 @@ def _explanation(
     queries: Queries,
     target: Target,
 ) -> Explanation:
-    # a row of the table for each node of each run
     rows_before = np.append(0, np.cumsum(np.diff(queries.row, prepend=-1) != 0))
     run = np.repeat(np.arange(segments.node.size), np.diff(segments.indptr))
     first = segments.tok_begin[run]
     num_tok = segments.num_tok[run]
-    columns = np.stack(
-        [
-            tree.depth[segments.links],
-            kv_lens[segments.links],
-            rows_before[first + num_tok] - rows_before[first],
-            num_tok,
-            segments.tile[run],
-            segments.split_size[run],
-        ],
-        1,
+    # a node may be in several runs: it is read in each of them
+    node, one, of, reads = np.unique(
+        segments.links, return_index=True, return_inverse=True, return_counts=True
     )
+    num_rows, num_tokens = np.zeros_like(node), np.zeros_like(node)
+    np.add.at(num_rows, of, rows_before[first + num_tok] - rows_before[first])
+    np.add.at(num_tokens, of, num_tok)
+    tile, size = segments.tile[run][one], segments.split_size[run][one]
+    columns = np.stack([tree.depth[node], kv_lens[node], num_rows, num_tokens, reads, tile, size], 1)
     kinds, counts = np.unique(columns, axis=0, return_counts=True)
     costs = []
-    for (depth, kv_len, rows, tokens, tile, size), count in zip(kinds.tolist(), counts.tolist(), strict=True):
-        costs.append(
-            _cost(depth, count, kv_len, rows, tokens, tiles[tile].block_m, -(-kv_len // size), heads, target)
-        )
+    for (depth, kv_len, rows, tokens, times, index, size), count in zip(
+        kinds.tolist(), counts.tolist(), strict=True
+    ):
+        block_m, splits = tiles[index].block_m, -(-kv_len // size)
+        costs.append(_cost(depth, kv_len, rows, tokens, times, count, block_m, splits, heads, target))
     flops, shared, unshared = (
         sum(getattr(c, name) for c in costs) for name in ("flops", "bytes", "bytes_unshared")
     )
@@ -233,22 +235,24 @@ def _explanation(
 
 def _cost(
     depth: int,
-    count: int,
     kv_len: int,
     rows: int,
     tokens: int,
+    reads: int,
+    count: int,
     block_m: int,
     splits: int,
     heads: Heads,
     target: Target,
 ) -> SegmentCost:
     dims = heads.head_dim + heads.head_dim_v
-    shared = count * kv_len * heads.num_kv_heads * dims * heads.itemsize
+    once = count * kv_len * heads.num_kv_heads * dims * heads.itemsize
+    shared, unshared = once * reads, once * rows
     flops = 2 * count * kv_len * tokens * heads.num_q_heads * dims
     seconds, bound = _bound(flops, shared, target)
     return SegmentCost(
-        depth, count, kv_len, rows, tokens, rows > 1, block_m, splits, shared, shared * rows, flops,
-        seconds, _bound(flops, shared * rows, target)[0], bound,
+        depth, count, kv_len, rows, tokens, reads, rows > 1 and reads == 1, block_m, splits, shared, unshared,
+        flops, seconds, _bound(flops, unshared, target)[0], bound,
     )  # fmt: skip
 
 

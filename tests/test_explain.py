@@ -1,0 +1,51 @@
+"""What explain() says of each segment: read once for all of its sequences, or by each on its own."""
+
+import pytest
+import torch
+
+import hydragen
+from hydragen import PackedKV, PrefixTree
+
+BYTES_PER_KEY = 8 * (128 + 128) * 2
+
+
+def explained(tree: PrefixTree) -> hydragen.Explanation:
+    return hydragen.explain(tree, num_q_heads=32, num_kv_heads=8, head_dim=128)
+
+
+def test_a_long_prefix_is_read_once() -> None:
+    prefix, suffix = explained(PrefixTree.from_levels([[4096], [128] * 64])).segments
+    assert (prefix.count, prefix.num_rows, prefix.reads, prefix.batched) == (1, 64, 1, True)
+    assert (suffix.count, suffix.num_rows, suffix.reads, suffix.batched) == (64, 1, 1, False)
+    assert prefix.bytes == 4096 * BYTES_PER_KEY
+    assert prefix.bytes_unshared == 64 * prefix.bytes
+
+
+def test_small_work_is_left_per_sequence() -> None:
+    """One program walks the path of each sequence: the prefix is read, and said to be read, by each."""
+    explanation = explained(PrefixTree.from_levels([[64], [32] * 4, [16] * 16]))
+    assert [(s.count, s.num_rows, s.reads, s.batched) for s in explanation.segments] == [
+        (1, 16, 16, False), (4, 4, 4, False), (16, 1, 1, False),
+    ]  # fmt: skip
+    assert explanation.bytes == explanation.bytes_unshared == 16 * (64 + 32 + 16) * BYTES_PER_KEY
+    assert str(explanation).count("per row") == 3
+
+
+def test_rows_of_one_node_walk_its_path_together() -> None:
+    """Batched: nothing is read twice, whatever is left to the runs below."""
+    tree = PrefixTree.from_parents([-1, 0, 1], [4000, 5, 6], row_to_node=[2, 2])
+    assert [(s.reads, s.batched) for s in explained(tree).segments] == [(1, True)] * 3
+
+
+@pytest.mark.parametrize("lens", [[64, 3, 2], [40_000, 300, 200]])
+def test_a_plan_says_the_same(lens: list[int]) -> None:
+    tree = PrefixTree.from_levels([lens[:1], lens[1:2] * 2, lens[2:] * 6])
+    kv = torch.zeros(1, 8, 128, dtype=torch.bfloat16).expand(int(tree.kv_lens.sum()), -1, -1)
+    explanation = hydragen.plan(tree, PackedKV(kv, kv, tree.kv_offsets), num_q_heads=32).explain()
+    keys = sum(s.count * s.kv_len for s in explanation.segments)
+    assert keys == tree.kv_lens.sum()
+    assert sum(s.count * s.num_rows * s.kv_len for s in explanation.segments) == tree.path_lens.sum()
+    assert (
+        explanation.bytes == sum(s.count * s.reads * s.kv_len for s in explanation.segments) * BYTES_PER_KEY
+    )
+    assert explanation.bytes_unshared == int(tree.path_lens.sum()) * BYTES_PER_KEY
