@@ -1,4 +1,4 @@
-"""Batch-invariant plans: a row's bits do not depend on who is beside it, on their lengths, or on its place."""
+"""Batch-invariant plans: a row's bits do not depend on who is beside it, their lengths, or on its place."""
 
 import pytest
 import torch
