@@ -6,12 +6,13 @@ Each is (module, a piece of its source, what to put in its place). The smallest 
 
 from hydragen.testing import Problem
 
-ATTEND, BLOCK, MERGE, PRIMITIVES, PLAN = (
+ATTEND, SEGMENT, BLOCK, MERGE, PRIMITIVES, LAYOUT = (
     "hydragen.kernels.attend",
+    "hydragen.kernels.segment",
     "hydragen.kernels.block",
     "hydragen.kernels.merge",
     "hydragen.kernels.primitives",
-    "hydragen.work",
+    "hydragen.layout",
 )
 QUERIES, LAUNCHES = "hydragen.queries", "hydragen.backends.launches"
 BUGS = {
@@ -44,12 +45,12 @@ BUGS = {
         "head = kv_head + rows % (HEADS * GROUP_SIZE) * num_kv_heads",
     ),
     "slot of a node ignored": (
-        ATTEND,
+        SEGMENT,
         "k_head_ptr += slot.to(tl.int64) * stride_kn",
         "k_head_ptr += (slot * 0).to(tl.int64) * stride_kn",
     ),
     "fully visible block includes a hidden key": (
-        ATTEND,
+        SEGMENT,
         "tl.minimum(end, first_pos + 1 - kv_start)",
         "tl.minimum(end, last_pos + 1 - kv_start)",
     ),
@@ -86,17 +87,24 @@ BUGS = {
         "first[tree.row_begin], first[tree.row_end]",
         "first[tree.row_begin * 0], first[tree.row_end]",
     ),
-    "last key of a split dropped": (PLAN, "segments.kv_len[split_of])", "segments.kv_len[split_of] - 1)"),
+    "last key of a split dropped": (LAYOUT, "segments.kv_len[split_of])", "segments.kv_len[split_of] - 1)"),
     "partials of two splits share a place": (
-        PLAN,
+        LAYOUT,
         '"dest": partials_before[source]',
         '"dest": partials_before[source] * 0',
     ),
     "rows in tree order": (QUERIES, "token = q_starts[row] + within", "token = np.arange(first[-1])"),
     "second block of rows is the first": (
-        PLAN,
+        LAYOUT,
         '"row_begin": block * tile.block_m',
         '"row_begin": block * 0',
+    ),
+    "second segment of a run left out": (SEGMENT, "tl.range(first, last + 1", "tl.range(last, last + 1"),
+    "first segment of a run once more": (SEGMENT, "            slot = next_slot\n", ""),
+    "runs begin with their last segment": (
+        LAYOUT,
+        "pieces.columns(nodes, pieces.indptr[source])",
+        "pieces.columns(nodes, pieces.indptr[source + 1] - 1)",
     ),
     "page table ignored": (
         BLOCK,
@@ -108,7 +116,7 @@ BUGS = {
         "within = (offs_n % PAGE_SIZE).to(tl.int64)",
         "within = (offs_n * 0 % PAGE_SIZE).to(tl.int64)",
     ),
-    "pages of the first node for everybody": (ATTEND, "pages_ptr + slot,", "pages_ptr + slot * 0,"),
+    "pages of the first node for everybody": (SEGMENT, "pages_ptr + slot,", "pages_ptr + slot * 0,"),
     "strides taken for contiguous": (
         LAUNCHES,
         "    expected = (heads.num_kv_heads * head_dim, head_dim, 1)\n",
@@ -116,6 +124,7 @@ BUGS = {
     ),
 }
 
+# Of 17 heads, more than the smallest tile has rows: what fits it is attended in one run, without a merge.
 # Two tiles of keys, two tiles of rows (17 queries of two heads), a whole tile of keys that are all visible.
 CROSSES_A_TILE = {
     "running sum not rescaled",
@@ -149,7 +158,13 @@ SMALLEST = {
         parents=(-1,), kv_lens=(1,), row_to_node=(0,), q_lens=(1,), head_dim=1, head_dim_v=1
     ),
     "head_dim_v stored without a column mask": Problem(
-        parents=(-1, 0), kv_lens=(1, 1), row_to_node=(1,), q_lens=(1,), head_dim=1, head_dim_v=1
+        parents=(-1, 0),
+        kv_lens=(1, 1),
+        row_to_node=(1,),
+        q_lens=(1,),
+        num_q_heads=17,
+        head_dim=1,
+        head_dim_v=1,
     ),
     "running sum not rescaled": Problem(
         parents=(-1,),
@@ -193,7 +208,14 @@ SMALLEST = {
         parents=(-1,), kv_lens=(0,), row_to_node=(0,), q_lens=(1,), head_dim=1, head_dim_v=1
     ),
     "minus infinity minus minus infinity": Problem(
-        parents=(-1, 0), kv_lens=(1, 1), row_to_node=(1,), q_lens=(1,), head_dim=1, head_dim_v=1, window=1
+        parents=(-1, 0),
+        kv_lens=(1, 1),
+        row_to_node=(1,),
+        q_lens=(1,),
+        num_q_heads=17,
+        head_dim=1,
+        head_dim_v=1,
+        window=1,
     ),
     "sink weighs in the wrong base": Problem(
         parents=(-1,), kv_lens=(0,), row_to_node=(0,), q_lens=(1,), head_dim=1, head_dim_v=1, sinks=True
@@ -210,13 +232,32 @@ SMALLEST = {
         sharpness="peaked",
     ),
     "sink counted twice": Problem(
-        parents=(-1, 0), kv_lens=(1, 1), row_to_node=(1,), q_lens=(1,), head_dim=1, head_dim_v=1, sinks=True
+        parents=(-1, 0),
+        kv_lens=(1, 1),
+        row_to_node=(1,),
+        q_lens=(1,),
+        num_q_heads=17,
+        head_dim=1,
+        head_dim_v=1,
+        sinks=True,
     ),
     "last partial left out": Problem(
-        parents=(-1, 0), kv_lens=(1, 1), row_to_node=(1,), q_lens=(1,), head_dim=1, head_dim_v=1
+        parents=(-1, 0),
+        kv_lens=(1, 1),
+        row_to_node=(1,),
+        q_lens=(1,),
+        num_q_heads=17,
+        head_dim=1,
+        head_dim_v=1,
     ),
     "merge in natural base": Problem(
-        parents=(-1, 0), kv_lens=(1, 1), row_to_node=(1,), q_lens=(1,), head_dim=1, head_dim_v=1
+        parents=(-1, 0),
+        kv_lens=(1, 1),
+        row_to_node=(1,),
+        q_lens=(1,),
+        num_q_heads=17,
+        head_dim=1,
+        head_dim_v=1,
     ),
     "one prefix too many": Problem(
         parents=(-1, -1), kv_lens=(0, 1), row_to_node=(0,), q_lens=(1,), head_dim=1, head_dim_v=1
@@ -225,7 +266,13 @@ SMALLEST = {
         parents=(-1,), kv_lens=(1,), row_to_node=(0,), q_lens=(1,), head_dim=1, head_dim_v=1
     ),
     "partials of two splits share a place": Problem(
-        parents=(-1, 0), kv_lens=(1, 1), row_to_node=(1,), q_lens=(1,), head_dim=1, head_dim_v=1
+        parents=(-1, 0),
+        kv_lens=(1, 1),
+        row_to_node=(1,),
+        q_lens=(1,),
+        num_q_heads=17,
+        head_dim=1,
+        head_dim_v=1,
     ),
     "rows in tree order": Problem(
         parents=(-1, -1), kv_lens=(0, 1), row_to_node=(1, 0, 1), q_lens=(1, 1, 1), head_dim=1, head_dim_v=1
@@ -233,6 +280,9 @@ SMALLEST = {
     "second block of rows is the first": Problem(
         parents=(-1,), kv_lens=(1,), row_to_node=(0,), q_lens=(17,), num_q_heads=2, head_dim=1, head_dim_v=1
     ),
+    "second segment of a run left out": Problem((-1, 0), (1, 1), (1,), (1,), head_dim=1, head_dim_v=1),
+    "first segment of a run once more": Problem((-1, 0), (1, 1), (1,), (1,), head_dim=1, head_dim_v=1),
+    "runs begin with their last segment": Problem((-1, 0), (1, 1), (1,), (1,), head_dim=1, head_dim_v=1),
     "page table ignored": Problem((-1,), (1,), (0,), (1,), head_dim=1, head_dim_v=1),
     "place within a page ignored": Problem((-1,), (2,), (0,), (1,), head_dim=1, head_dim_v=1),
     "pages of the first node for everybody": Problem((-1, -1), (1, 1), (1,), (1,), head_dim=1, head_dim_v=1),

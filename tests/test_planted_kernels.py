@@ -34,6 +34,9 @@ PROBLEMS = {
     "causal": Problem((-1, 0), (40, 33), (1, 1), (33, 3), **SMALL, causal=True, sharpness="peaked"),
     "very negative": Problem(*TREE, (1, 2, 1), **SMALL, sharpness="very_negative"),
     "empty": Problem((-1, 0, -1), (0, 6, 0), (1, 2), (1, 1), **SMALL),
+    "odd heads, merged": Problem(
+        (-1, 0, 0), (70, 9, 5), (1, 2), (2, 1), 6, 2, 13, 7, softcap=2.0, sinks=True, sharpness="peaked"
+    ),
     "odd heads": Problem(
         (-1, 0), (20, 9), (1,), (2,), 6, 2, 13, 7, softcap=2.0, sinks=True, sharpness="peaked"
     ),
@@ -81,7 +84,7 @@ def test_offsets_in_32_bits_are_caught() -> None:
     """Planted where a node's first element is found: more than 2**31 elements into its memory."""
     with (
         planted(
-            "hydragen.kernels.attend",
+            "hydragen.kernels.segment",
             "k_head_ptr += slot.to(tl.int64) * stride_kn",
             "k_head_ptr += (slot * stride_kn).to(tl.int32).to(tl.int64)",
         ),

@@ -66,6 +66,10 @@ def plans() -> Iterator[WorkPlan]:
         heads = list(HEADS.values())[number % len(HEADS)]
         target = list(TARGETS.values())[number // len(HEADS) % len(TARGETS)]
         yield plan_of(tree, q_lens, heads, target, batch_invariant=number % 7 == 0)
+    # little to do: rows that walk their paths on their own
+    for number in range(30):
+        tree, q_lens = random_tree(rng)
+        yield plan_of(tree, np.minimum(q_lens, 1), HEADS["8/2 half"], list(TARGETS.values())[number % 4])
     # many suffixes of one row each: programs enough for several KV heads to share a tile
     star = PrefixTree.from_parents([-1] + [0] * 40, [100] + [20] * 40)
     for name in ("8/2 half", "4/4 half"):

@@ -180,7 +180,7 @@ def _pieces(
 ) -> _Pieces:
     """Cut the runs: split s covers keys [begin[s], end[s]) of run split_of[s]."""
     if segments.links.size == segments.node.size:  # no run has several nodes
-        return _Pieces(segments.node[split_of], begin, end, np.arange(split_of.size + 1))
+        return _Pieces(segments.links[split_of], begin, end, np.arange(split_of.size + 1))
     lens = kv_lens[segments.links]
     several = np.repeat(np.diff(segments.indptr) > 1, np.diff(segments.indptr))
     step = segments.step
