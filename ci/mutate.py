@@ -32,7 +32,10 @@ GROUPS = {
     ),
     "work": (
         ["src/hydragen/work.py", "src/hydragen/queries.py"],
-        [f"tests/test_{name}.py" for name in ("work", "prefix_tiles", "tuning", "planted_kernels")],
+        [
+            f"tests/test_{name}.py"
+            for name in ("work", "work_plan", "prefix_tiles", "tuning", "planted_kernels")
+        ],
     ),
 }
 # Memory is measured in processes of their own, which know nothing of mutants; bugs are planted elsewhere.

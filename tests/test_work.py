@@ -199,6 +199,20 @@ def test_one_launch_per_kind_of_tile(work: list[WorkPlan]) -> None:
         assert all(launch.items.shape[0] > 0 for launch in plan.work.launches)
 
 
+def test_a_launch_has_the_tile_of_its_segments(work: list[WorkPlan]) -> None:
+    used = set()
+    for plan in work:
+        segments = plan.work.segments
+        tile_of = dict(zip(segments.node.tolist(), segments.tile.tolist(), strict=True))
+        heads_of = dict(zip(segments.node.tolist(), segments.heads.tolist(), strict=True))
+        for launch in plan.work.launches:
+            for node in launch.items[:, ITEM_COLUMNS.index("node")].tolist():
+                assert plan.work.tiles[tile_of[node]] == launch.tile
+                assert heads_of[node] == launch.heads
+                used.add(tile_of[node])
+    assert len(used) > 1
+
+
 def test_depth_and_nodes_add_no_launches() -> None:
     chain = PrefixTree.from_parents(np.arange(-1, 499), np.full(500, 3), row_to_node=[499] * 4)
     plan = plan_of(chain, np.ones(4, np.int64), HEADS["8/2 half"], H200)

@@ -83,6 +83,40 @@ def unrelated_rows_change_nothing(implementation: Implementation, problem: Probl
     _expect_unchanged(implementation, problem, case, f"unrelated rows change nothing: {other!r}", mine)
 
 
+def copies_change_nothing(
+    implementation: Implementation, problem: Problem, copies: int, *, shared: bool
+) -> None:
+    """Copies of all rows, below the same segments or each with a tree of its own, give copies of the results.
+
+    For batches much larger than those that are drawn.
+    """
+    __tracebackhide__ = True
+    case = transforms.repeat(problem, problem.tensors(), copies, shared=shared)
+    out, lse = run(implementation, *case)
+    expected = oracle(problem)
+    law = f"{copies} copies of all rows {'of one tree' if shared else 'and of the tree'} give the same"
+    assert_within_budget(
+        problem,
+        _worst_copy("out", out, expected.out, copies),
+        None if lse is None else _worst_copy("lse", lse, expected.lse, copies),
+        law=f"{law}\n  changed   {case[0]!r}",
+    )
+
+
+def _worst_copy(name: str, got: Tensor, expected: Tensor, copies: int) -> Tensor:
+    """Of each element the copy that is furthest from what is expected."""
+    __tracebackhide__ = True
+    shape = (copies * len(expected), *expected.shape[1:])
+    if got.shape != shape:
+        raise AssertionError(
+            f"{name}.shape is {tuple(got.shape)}, but should be {shape} for {copies} copies of all rows"
+        )
+    each = got.unflatten(0, (copies, len(expected)))
+    worst = errors(each, expected.expand_as(each)).argmax(0, keepdim=True)
+    furthest: Tensor = each.gather(0, worst).squeeze(0)
+    return furthest
+
+
 def companion(problem: Problem, other: Problem) -> Problem:
     """``other``'s tree, lengths and values with everything else as in ``problem``."""
     changed = replace(

@@ -115,6 +115,31 @@ def add_unrelated(problem: Problem, inputs: Inputs, other: Problem, other_inputs
     return changed, both
 
 
+def repeat(problem: Problem, inputs: Inputs, copies: int, *, shared: bool) -> Case:
+    """So many copies of all rows: below the same segments, or each with a copy of the whole tree."""
+    if copies < 1:
+        raise ValueError(f"copies must be at least 1, got {copies}")
+    trees = 1 if shared else copies
+    shifts = [0 if shared else copy * problem.num_nodes for copy in range(copies)]
+    changed = replace(
+        problem,
+        parents=tuple(
+            parent + shift if parent >= 0 else -1 for shift in shifts[:trees] for parent in problem.parents
+        ),
+        kv_lens=problem.kv_lens * trees,
+        row_to_node=tuple(end + shift for shift in shifts for end in problem.row_to_node),
+        q_lens=problem.q_lens * copies,
+    )
+    return changed, replace(
+        inputs,
+        q=inputs.q.repeat(copies, 1, 1),
+        k=inputs.k.repeat(trees, 1, 1),
+        v=inputs.v.repeat(trees, 1, 1),
+        cu_seqlens_q=offsets(changed.q_lens),
+        cu_seqlens_k=offsets(changed.kv_lens),
+    )
+
+
 def on_grid(tensor: Tensor) -> Tensor:
     """Values rounded to multiples of 1/8 within ±4: small sums and multiples are exact in every dtype."""
     return ((tensor.float() * 8).round() / 8).clamp(-4, 4).to(tensor.dtype)

@@ -8,6 +8,7 @@ latter two use the same text. Later ones win.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -59,7 +60,8 @@ class Capabilities:
     sharpness
         How logits may be spread (`hydragen.testing.inputs`).
     max_kv_heads, max_nodes, max_rows, max_q_len, max_kv
-        The most KV heads, segments, rows, queries of a row and KV tokens of a segment.
+        The most KV heads, segments, rows, queries of a row and KV tokens of a segment. Two laws go beyond
+        those that are left at their defaults.
     device
         Where the function wants its tensors; results may be on any device.
     """
@@ -113,6 +115,17 @@ class Capabilities:
             limits[name] = _GIVEN[getattr(self, name)]
         return strategies.problems(**{**limits, **restrictions})
 
+    def large_problems(self) -> st.SearchStrategy[Problem]:
+        """Problems with many keys, many queries or many heads, if these limits are left at their defaults."""
+        names = ("max_kv", "max_q_len", "max_kv_heads")
+        free = [name for name in names if getattr(self, name) == getattr(Capabilities, name)]
+        few = {"max_nodes": min(3, self.max_nodes), "max_rows": min(3, self.max_rows)}
+        small = self.problems(**few, max_q_len=min(2, self.max_q_len))
+        if not free:
+            return small
+        larger = functools.partial(_larger, same_q_len=self.same_q_len)
+        return st.builds(larger, small, st.sampled_from(free), st.integers(0, 10**6))
+
     def allows(self, problem: Problem) -> bool:
         """Whether a problem asks for nothing else (sizes of the tree aside)."""
         given = {
@@ -158,6 +171,24 @@ class Capabilities:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
         }
+
+
+def _larger(problem: Problem, name: str, code: int, *, same_q_len: bool) -> Problem:
+    """One size of a problem changed to what is beyond the default limit of this name."""
+    code *= 7919  # Hypothesis likes small numbers
+    if name == "max_kv":
+        kv_lens = list(problem.kv_lens)
+        path = problem.path(code % problem.num_rows)  # of somebody: not a segment that nobody attends to
+        kv_lens[path[code % len(path)]] = Capabilities.max_kv + 1 + code % 1000
+        return dataclasses.replace(problem, kv_lens=tuple(kv_lens))
+    if name == "max_q_len":
+        q_lens = list(problem.q_lens)
+        rows = range(len(q_lens)) if same_q_len else [code % len(q_lens)]
+        for row in rows:
+            q_lens[row] = Capabilities.max_q_len + 1 + code % 70
+        return dataclasses.replace(problem, q_lens=tuple(q_lens))
+    heads = Capabilities.max_kv_heads + 1 + code % 7
+    return dataclasses.replace(problem, num_kv_heads=heads, num_q_heads=heads * problem.group_size)
 
 
 def _is_kind_of_tree(problem: Problem, trees: Trees) -> bool:

@@ -57,6 +57,12 @@ def problems(**restrictions: Any) -> st.SearchStrategy[Problem]:
     return drawn.filter(session.known.allows) if session.known.problems else drawn
 
 
+def large_problems() -> st.SearchStrategy[Problem]:
+    """The same beyond the usual sizes, where the subjects have no limits of their own."""
+    drawn = session.capabilities.large_problems()
+    return drawn.filter(session.known.allows) if session.known.problems else drawn
+
+
 class Bound(Problem):
     """A problem whose tensors are given: what a function of one argument is called with."""
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from hydragen.testing import Implementation, Problem, laws
+from hydragen.testing.conformance.capabilities import Capabilities
 from hydragen.testing.conformance.known import Entry
-from hydragen.testing.conformance.subject import problems, session
+from hydragen.testing.conformance.subject import large_problems, problems, session
 from hydragen.testing.pages import PAGE_SIZES
 from hydragen.testing.views import MEMORY, Memory
 
@@ -26,6 +27,26 @@ codes = st.integers(0, 10**6)  # reduced modulo the number of choices
 @given(problems())
 def test_out_and_lse_match_the_oracle(implementation: Implementation, problem: Problem) -> None:
     laws.matches_oracle(implementation, problem)
+
+
+fewer = settings(max_examples=max(5, settings().max_examples // 3))  # of what takes longer
+
+
+@pytest.mark.needs
+@fewer
+@given(large_problems())
+def test_large_problems_match_the_oracle(implementation: Implementation, problem: Problem) -> None:
+    laws.matches_oracle(implementation, problem)
+
+
+@pytest.mark.needs(trees=["any", "none"])
+@fewer
+@given(problems(), st.booleans())
+def test_many_copies_change_nothing(implementation: Implementation, problem: Problem, shared: bool) -> None:
+    can = session.capabilities
+    most = 48 if can.max_rows == Capabilities.max_rows else can.max_rows
+    copies = min(1 + 16 // min(problem.num_rows, problem.num_nodes), max(1, most // problem.num_rows))
+    laws.copies_change_nothing(implementation, problem, copies, shared=shared and can.trees == "any")
 
 
 @pytest.mark.needs(trees=["any"], empty=[True])

@@ -1,0 +1,46 @@
+"""What a work plan remembers of what it was made for."""
+
+import numpy as np
+from test_work import packed_nodes
+
+from hydragen import PrefixTree
+from hydragen.queries import Heads
+from hydragen.target import H200
+from hydragen.work import make_work_plan
+
+
+def test_a_plan_knows_what_it_was_made_for() -> None:
+    tree = PrefixTree.from_parents([-1, 0, 0], [4000, 20, 9], row_to_node=[1, 2] * 200)
+    q_lens = np.ones(400, np.int64)
+    assert tree.kv_lens is not None
+    given = (tree, packed_nodes(tree), tree.kv_lens)
+    heads = Heads(8, 2, 128, 128, 2)
+    rest = (np.arange(400), q_lens, heads, H200)
+    plain = make_work_plan(*given, True, *rest, False)
+    assert (plain.lens_on_device, plain.batch_invariant) == (True, False)
+    assert (plain.tree, plain.heads, plain.target) == (tree, heads, H200)
+    assert plain.kv_lens is tree.kv_lens
+    assert plain.work.launches[0].tile.prefix is not None, "the specialised tile, unless it is refused"
+    refused = make_work_plan(*given, False, *rest, True, specialised=False)
+    assert (refused.lens_on_device, refused.batch_invariant) == (False, True)
+    refused = make_work_plan(*given, False, *rest, False, specialised=False)
+    assert all(launch.tile.prefix is None for launch in refused.work.launches)
+    # KV heads per program of kernels that were chosen for another tree are kept, and a merge follows
+    for wanted in (1, 2):
+        fixed = dict.fromkeys(refused.work.tiles, wanted)
+        kept = make_work_plan(*given, False, *rest, False, fixed, specialised=False)
+        assert {launch.heads for launch in kept.work.launches} == {wanted}
+    one = PrefixTree.from_parents([-1], [40], row_to_node=[0])
+    assert one.kv_lens is not None
+    alone = (
+        one,
+        packed_nodes(one),
+        one.kv_lens,
+        False,
+        np.zeros(1, np.int64),
+        np.ones(1, np.int64),
+        heads,
+        H200,
+    )
+    assert make_work_plan(*alone, False).work.final
+    assert not make_work_plan(*alone, False, dict.fromkeys(refused.work.tiles, 1), False).work.final
