@@ -19,6 +19,9 @@ from hydragen.work import WorkPlan
 # Types of options; values of all of them can be looked up.
 _ALLOWED = frozenset({type(None), bool, int, float, torch.dtype})
 
+# A plan's layers and options come in a few kinds; where they never repeat, they must not pile up.
+_MOST_KINDS = 256
+
 
 class Options(NamedTuple):
     """Of one run, as given."""
@@ -82,6 +85,8 @@ class Runner:
         )  # fmt: skip
         tokens = state.tokens(planned, work, needs_positions(work, call))
         if again is not None and (ready := self._backend.ready(work, call, tokens)) is not None:
+            if len(self._ready) >= _MOST_KINDS:
+                self._ready.clear()
             self._ready[again.key] = ready
         return self._backend.run(work, call, tokens)
 
@@ -118,7 +123,8 @@ def _recognise(q: Any, kv: Any, by_level: bool, sinks: Any, given: Options) -> _
     v = tuple([pair[1] for pair in pairs])
     described: list[Any] = []
     for x in (q, *k, *v) if sinks is None else (q, *k, *v, sinks):
-        if type(x) is not Tensor or x.is_nested or x.layout is not torch.strided:
+        # nested ones have no shape, sparse ones no strides, and a sign kept aside is not in the memory
+        if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return None
         described += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
     # 1, 1.0 and True are equal, and not all of them are allowed
