@@ -116,3 +116,53 @@ def test_a_captured_run_sees_another_tree() -> None:
         graph.replay()
         expected = hydragen.attention(q, layout(tree), tree=tree, kv_lens=tree.kv_lens)
         torch.testing.assert_close(out, expected)
+
+
+def levels_with_room(device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Two roots and three leaves."""
+    made = [normal(2, nodes, 40, KV_HEADS, DIM, seed=nodes, device=device) for nodes in (2, 3)]
+    return [(kv[0], kv[1]) for kv in made]
+
+
+def test_a_captured_update_sees_other_node_numbers() -> None:
+    """Lengths by level go to the level's nodes, wherever those are among all nodes by now."""
+    device = torch.device("cuda")
+    kv, q = levels_with_room(device), normal(3, 1, HEADS, DIM, device=device)
+    trees = [PrefixTree.from_parents(parents) for parents in ([-1, 0, 0, -1, 3], [-1, -1, 0, 1, 0])]
+    lens = [torch.tensor([30, 20], device=device), torch.tensor([1, 2, 3], device=device)]
+    plan = hydragen.plan(trees[0], kv, num_q_heads=HEADS, kv_lens=lens, reserve=2.0)
+    plan.update(lens)
+    plan.run(q, kv)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lens[1].add_(1)
+        plan.update(lens)
+        out = plan.run(q, kv)
+    for tree in (trees[1], trees[0], trees[1]):
+        plan.update(lens, tree=tree, kv=kv)
+        graph.replay()
+        expected = hydragen.attention(q, kv, tree=tree, kv_lens=lens)
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_captured_append_writes_nothing_for_rows_that_share_a_node() -> None:
+    device = torch.device("cuda")
+    kv, new = levels_with_room(device), normal(2, 3, 1, KV_HEADS, DIM, seed=7, device=device)
+    tree = PrefixTree.from_parents([-1, -1, 0, 1, 0])
+    lens = [torch.tensor([30, 20], device=device), torch.tensor([1, 2, 3], device=device)]
+    plan = hydragen.plan(tree, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2.0)
+    plan.update(lens)
+    plan.append(kv, new[0], new[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lens[1].add_(1)
+        plan.update(lens)
+        plan.append(kv, new[0], new[1])
+    graph.replay()
+    assert torch.equal(kv[1][0][torch.arange(3), lens[1] - 1], new[0][:, 0])
+    shared = PrefixTree.from_parents(tree.parents, row_to_node=[2, 2, 3])
+    plan.update(lens, tree=shared)
+    before = [x.clone() for pair in kv for x in pair]
+    graph.replay()
+    for x, held in zip([x for pair in kv for x in pair], before, strict=True):
+        assert torch.equal(x, held)

@@ -215,7 +215,10 @@ class Plan:
             cache.index_put_(place, torch.where(fresh[:, :, None, None], value, cache[place]))
 
     def explain(self) -> Explanation:
-        """Say what is batched, what is read with and without sharing, and which limit binds."""
+        """Say what is batched, what is read with and without sharing, and which limit binds.
+
+        Lengths that live on the device are not read: their nodes count as full.
+        """
         return explanation(self._work)
 
     @property
