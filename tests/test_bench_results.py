@@ -26,7 +26,8 @@ def cell(shape: str, us: float, fa2: float | None = 1000.0, peer: float | None =
         "us": us,
         "roof_us": us / 2,
         "times_roof": 2.0,
-        "host_us": 30.0,
+        "host_us": {"attention": 60.0, "run": 50.0, "launches": 20.0, "plan": 500.0},
+        "batch_invariant_us": 20.0,
         "baselines": {
             "fa2": {"shares": False, "us": fa2} if fa2 else left_out,
             "original": {"shares": True, "us": 2 * us},

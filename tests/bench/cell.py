@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from contenders import Contender, Form, UnavailableError, contenders, ours
 from exact import Truth, assert_exact, solve
+from plan_host import host_costs, planned
 from shapes import PEERS, Inputs, Shape, build
-from timing import HostTimer, host_seconds, sample
+from timing import HostTimer, sample
 
 
 class Cell(NamedTuple):
@@ -59,12 +60,15 @@ def measure(
     """
     inputs, call, truth = check(shape, bench, run)
     with torch.no_grad():
-        host = host_seconds(call, bench.synchronize)
+        host = host_costs(inputs, call, bench.synchronize)
         others = contenders(inputs, bench.limit, with_flex)
         admitted, reasons = admit(others, truth, bench.timer)
-        samples = sample(bench.timer, {("hydragen", ""): bench.timer.ready(call), **admitted})
+        invariant = planned(inputs, batch_invariant=True)
+        assert_exact(truth, invariant(), "batch_invariant")
+        own = {("hydragen", ""): call, ("hydragen", "batch_invariant"): invariant}
+        samples = sample(bench.timer, {key: bench.timer.ready(run) for key, run in own.items()} | admitted)
     medians = {key: statistics.median(times) for key, times in samples.items()}
-    seconds = medians.pop(("hydragen", ""))
+    seconds, invariant_seconds = (medians.pop(key) for key in own)
     baselines: dict[str, dict[str, Any]] = {}
     for other in others:
         forms = {form: t for (name, form), t in medians.items() if name == other.name}
@@ -85,7 +89,8 @@ def measure(
             "times_roof": ratio(seconds, shape.roof_us * 1e-6),
             "tflops": round(shape.flops / seconds / 1e12, 1),
             "tbs": round(shape.num_bytes / seconds / 1e12, 3),
-            "host_us": us(host),
+            "host_us": host,
+            "batch_invariant_us": us(invariant_seconds),
             "checked_rows": len(truth.rows),
             "baselines": baselines,
             **compared(shape.name, seconds, baselines, bench.facts["device"]),

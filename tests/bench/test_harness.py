@@ -145,7 +145,9 @@ def test_a_cell():
     assert info["baselines"]["cudnn"] == {"shares": False, "left_out": {"all": "cuDNN needs a GPU"}}
     assert info["best_unshared"] == {"name": "fa2", "us": 1e6, "time_ratio": 4.0}
     assert info["times_roof"] == pytest.approx(4 / TINY[0].roof, rel=1e-3)
-    assert info["host_us"] > 0
+    assert info["host_us"].keys() == {"attention", "run", "launches", "plan"}
+    assert info["host_us"]["run"] > 0
+    assert info["batch_invariant_us"] > 0
     assert "best_peer_of_another_run" not in info
 
 

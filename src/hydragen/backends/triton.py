@@ -20,6 +20,9 @@ from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
+# Kinds of calls that a plan remembers the launches of.
+_MOST_LAUNCHES = 256
+
 
 class _Workspace(NamedTuple):
     """Memory for partial results.
@@ -182,6 +185,9 @@ def _launchers(
         launches = range(len(plan.work.launches))
         attends = tuple(attend_launcher(plan, call, tokens, index) for index in launches)
         merges = None if plan.work.final else merge_launcher(plan, call, tokens)
+        if len(plan.uploads) > _MOST_LAUNCHES:  # scales or layouts that never come again must not pile up
+            for old in [key for key in plan.uploads if not isinstance(key[0], str)]:
+                del plan.uploads[old]
         found = plan.uploads[key] = (attends, merges)
     return found
 

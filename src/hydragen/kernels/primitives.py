@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 # The lowest finite float32. A running maximum starts here and not at -inf, so that no subtraction of two
-# infinities # can occur; no finite logit lies below it, so it is no sentinel that real data could pass.
+# infinities can occur; no finite logit lies below it, so it is no sentinel that real data could pass.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -78,6 +78,7 @@ def finish(acc, running_max, running_sum):
     empty = running_sum == 0.0
     total = tl.where(empty, 1.0, running_sum)
     lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(total))
+    lse = tl.where(running_max == float("inf"), running_max, lse)  # and not NaN, as `out` is
     return acc / total[:, None], lse
 
 
