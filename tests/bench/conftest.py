@@ -70,7 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def line(info: dict[str, Any]) -> str:
     """A cell in one line."""
     parts = [
-        f"{info['shape']:32}{info['us']:9.1f} us {info['times_roof']:6.2f} x roof  host {info['host_us']['run']:.0f}"
+        f"{info['shape']:32}{info['us']:9.1f} us {info['times_roof']:6.2f} x roof",
+        f"host {info['host_us']['run']:.0f}",
     ]
     if peer := info.get("best_peer_of_another_run"):
         parts.append(f"best peer {peer['us']} ({peer['time_ratio']:.2f})")
