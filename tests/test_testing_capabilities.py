@@ -57,6 +57,7 @@ def test_what_is_no_capability_is_not_allowed(name):
         ({"trees": "some"}, "choose from any, prefix, none"),
         ({"head_dims": "64,x"}, "head_dims cannot be '64,x'"),
         ({"gqa": 2}, "gqa cannot be 2: choose from yes, no"),
+        ({"device": "cdua"}, "device cannot be 'cdua': Expected one of cpu, cuda"),
     ],
 )
 def test_wrong_capabilities_are_named(value, message):

@@ -248,6 +248,13 @@ def _option(value: object) -> Option:
     return _OPTIONS[value]
 
 
+def _device(value: object) -> str:
+    try:
+        return str(torch.device(str(value)))
+    except RuntimeError as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
+
+
 def _lse(value: object) -> bool | None:
     return None if value is None else _bool(value)
 
@@ -268,7 +275,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "repeatable": _bool,
     "sharpness": _sharpness,
     **dict.fromkeys(("max_kv_heads", "max_nodes", "max_rows", "max_q_len", "max_kv"), int),
-    "device": str,
+    "device": _device,
 }
 
 

@@ -99,6 +99,10 @@ def _subject(path: str, config: pytest.Config) -> Subject:
         (config.getoption("--capability"), "--capability"),
     ):
         can = can.changed(parsed(settings_, source), source)
+    try:
+        can.problems()
+    except ValueError as error:  # a size of 0, or nothing to choose from
+        raise ValueError(f"capabilities of {path}: {error}") from None
     return Subject(path, adapt(function, can), can)
 
 
