@@ -15,6 +15,9 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'hydragen[cli]'") from error
 
+# Answers that are laid out together: the first of a large job come soon.
+ANSWERS_AT_A_TIME = 8192
+
 app = typer.Typer(
     help="Exact attention over shared prefixes: generate, measure, look.",
     no_args_is_help=True,
@@ -68,6 +71,7 @@ def generate(
     Answers are written as they finish. After an interruption the same command goes on where it stopped:
     nothing is lost and nothing is made twice. A larger n adds answers to those that are there.
     """
+    from tqdm import tqdm  # noqa: PLC0415 - with what is slow
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow
 
     from hydragen.transformers import stream  # noqa: PLC0415 - slow
@@ -98,19 +102,24 @@ def generate(
         if have:
             typer.echo(f"{len(have):,} answers are there already, {len(places):,} to go", err=True)
         if places:
-            made = answers.write(
-                stream(
-                    load(model, dtype, device),
-                    [job.prompts[prompt] for prompt, _ in places],
-                    tokenizer=tokenizer,
-                    max_new_tokens=max_new_tokens,
-                    seed=[job.seed(*place) for place in places],
-                    logprobs=logprobs,
-                    batch_size=batch_size,
-                    **sampling,
-                ),
-                places,
-            )
+            loaded, made = load(model, dtype, device), 0
+            with tqdm(total=len(places), unit="answer", delay=3, disable=None) as bar:
+                for begin in range(0, len(places), ANSWERS_AT_A_TIME):
+                    some = places[begin : begin + ANSWERS_AT_A_TIME]
+                    finished = stream(
+                        loaded,
+                        [job.prompts[prompt] for prompt, _ in some],
+                        tokenizer=tokenizer,
+                        max_new_tokens=max_new_tokens,
+                        seed=[job.seed(*place) for place in some],
+                        logprobs=logprobs,
+                        batch_size=batch_size,
+                        progress=False,
+                        **sampling,
+                    )
+                    for _ in answers.write(finished, some):
+                        made += 1
+                        bar.update()
             typer.echo(f"wrote {made:,} answers to {answers.path}", err=True)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from models import VOCABULARY, make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import hydragen
@@ -109,22 +109,42 @@ def test_a_run_goes_on_after_an_interruption(
     assert len(answers(prompts)) == 10
 
 
-def test_texts_with_ends_of_lines_of_their_own(tmp_path: Path) -> None:
+def test_texts_with_ends_of_lines_of_their_own(model_folder: Path, tmp_path: Path) -> None:
     """What str.splitlines takes for the end of a line may stand in JSON as it is."""
-    odd = "a\u2028b\u2029c\x85d"
+    odd = "w5\u2028w6\u2029w7\x85w8"
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n\n" + '{"prompt": [5]}', "utf-8")
-    assert jsonl.read_prompts(path, None) == [odd, [5]]
-    job = jsonl.Job([odd, [5]], 1, {"seed": 0})
+    prompts = jsonl.read_prompts(path, AutoTokenizer.from_pretrained(model_folder))
+    assert prompts == [[5, 6, 7, 8], [5]]
+    job = jsonl.Job(prompts, 1, {"seed": 0})
     made = [Completion(i, 0, [7, 8], odd, None, "length", 3) for i in range(2)]
     answers = jsonl.Answers(tmp_path / "answers.jsonl", job)
     assert answers.resume() == set()
-    answers.write(iter(made), [(0, 0), (1, 0)])
+    assert list(answers.write(iter(made), [(0, 0), (1, 0)])) == [(0, 0), (1, 0)]
     assert answers.resume() == {(0, 0), (1, 0)}
     with answers.path.open("a") as file:
         file.write("{oh\n")
     with pytest.raises(ValueError, match=r"answers\.jsonl:3 must be JSON.*remove that line"):
         answers.resume()
+
+
+def test_special_tokens_come_once(model_folder: Path, tmp_path: Path) -> None:
+    """A chat's template writes the token that begins a text, and so does the tokenizer for texts."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "w5"}\n{"messages": [{"role": "user", "content": "w5"}]}\n')
+    assert jsonl.read_prompts(path, tokenizer) == [[1, 5], [1, 5]]
+
+
+def test_large_jobs_go_in_pieces(model_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert generate(model_folder, prompts, "-n", 4).exit_code == 0
+    whole = answers(prompts)
+    prompts.with_suffix(".answers.jsonl").unlink()
+    monkeypatch.setattr("hydragen.cli.ANSWERS_AT_A_TIME", 3)
+    assert generate(model_folder, prompts, "-n", 4).exit_code == 0
+    assert answers(prompts) == whole
 
 
 def test_answers_of_another_job_are_not_mixed_in(model_folder: Path, prompts: Path) -> None:
@@ -138,6 +158,7 @@ def test_answers_of_another_job_are_not_mixed_in(model_folder: Path, prompts: Pa
     ("line", "message"),
     [
         ("{", "prompts.jsonl:1 must be JSON"),
+        ('{"prompt": 5}', "prompts.jsonl:1 must have a text or token ids"),
         ('{"text": "w5"}', "prompts.jsonl:1 must have either prompt or messages"),
         ("", "must hold a prompt or more, got none"),
         ('{"prompt": ""}', r"prompts[0] must hold a token or more, got an empty prompt"),

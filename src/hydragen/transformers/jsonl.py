@@ -16,9 +16,9 @@ FORMS = '{"prompt": "text"}, {"prompt": [token ids]} or {"messages": [...]}, one
 
 @dataclass(frozen=True)
 class Job:
-    """Answers that are asked for: `n` to each of `prompts` (texts or token ids), under `settings`."""
+    """Answers that are asked for: `n` to each of `prompts` (token ids), under `settings`."""
 
-    prompts: Sequence[Any]
+    prompts: Sequence[list[int]]
     n: int
     settings: dict[str, Any]
 
@@ -32,19 +32,23 @@ class Job:
         return int.from_bytes(hashlib.blake2b(place, digest_size=7).digest())
 
 
-def read_prompts(path: Path, tokenizer: Any) -> list[Any]:
-    """Return the prompts of a file; chats are laid out by the tokenizer's template."""
+def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of a file's prompts; chats are laid out by the tokenizer's template."""
     prompts = []
     for number, line, record in _records(path.read_text(encoding="utf-8"), path, f"write {FORMS}"):
         where = f"{path}:{number}"
         if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
             raise ValueError(f"{where} must have either prompt or messages, got {line[:60]}; write {FORMS}")
         if "messages" in record:
-            prompts.append(
-                tokenizer.apply_chat_template(record["messages"], tokenize=False, add_generation_prompt=True)
-            )
-        else:
+            # As ids: the template has the special tokens already, which tokenizing a text would add again.
+            laid_out = tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True)
+            prompts.append(laid_out["input_ids"])
+        elif isinstance(record["prompt"], str):
+            prompts.append(tokenizer(record["prompt"])["input_ids"])
+        elif isinstance(record["prompt"], list):
             prompts.append(record["prompt"])
+        else:
+            raise ValueError(f"{where} must have a text or token ids, got {line[:60]}; write {FORMS}")
     if not prompts:
         raise ValueError(f"{path} must hold a prompt or more, got none; write {FORMS}")
     return prompts
@@ -88,9 +92,10 @@ class Answers:
         records = _records(whole.decode("utf-8"), self.path, "remove that line: its answer is made again")
         return {(record["prompt"], record["sample"]) for _, _, record in records}
 
-    def write(self, answers: Iterator[Completion], places: list[tuple[int, int]]) -> int:
-        """Append answers as they come, answer i's prompt being places[i]; return how many."""
-        count = 0
+    def write(
+        self, answers: Iterator[Completion], places: list[tuple[int, int]]
+    ) -> Iterator[tuple[int, int]]:
+        """Append answers as they come, answer i's prompt being places[i]; yield the place of each written."""
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             for one in answers:
                 prompt, sample = places[one.prompt]
@@ -106,8 +111,7 @@ class Answers:
                     record["logprobs"] = one.logprobs
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
-                count += 1
-        return count
+                yield prompt, sample
 
 
 def _records(text: str, path: Path, remedy: str) -> Iterator[tuple[int, str, Any]]:
