@@ -122,7 +122,8 @@ def test_the_report_as_json_and_junit(right, home):
 
 
 def test_a_wrong_function_fails_with_the_smallest_case(home):
-    wrong = suite(home, "wrong", "-k", "lse_match_the_oracle", "--hypothesis-seed=0", "--conformance-json=w.json")
+    options = ("-k", "lse_match_the_oracle", "--hypothesis-seed=0", "--conformance-json=w.json")
+    wrong = suite(home, "wrong", *options)
     assert wrong.returncode == 1, wrong.stdout
     assert "is outside of the error budget" in wrong.stdout
     assert "@reproduce_failure" in wrong.stdout

@@ -199,17 +199,16 @@ def test_one_launch_per_kind_of_tile(work: list[WorkPlan]) -> None:
         assert all(launch.items.shape[0] > 0 for launch in plan.work.launches)
 
 
-def test_a_launch_has_the_tile_of_its_segments(work: list[WorkPlan]) -> None:
+def test_launches_have_the_tiles_of_their_segments(work: list[WorkPlan]) -> None:
     used = set()
     for plan in work:
         segments = plan.work.segments
-        tile_of = dict(zip(segments.node.tolist(), segments.tile.tolist(), strict=True))
-        heads_of = dict(zip(segments.node.tolist(), segments.heads.tolist(), strict=True))
-        for launch in plan.work.launches:
-            for node in launch.items[:, ITEM_COLUMNS.index("node")].tolist():
-                assert plan.work.tiles[tile_of[node]] == launch.tile
-                assert heads_of[node] == launch.heads
-                used.add(tile_of[node])
+        planned = {
+            (plan.work.tiles[tile], heads)
+            for tile, heads in zip(segments.tile.tolist(), segments.heads.tolist(), strict=True)
+        }
+        assert {(launch.tile, launch.heads) for launch in plan.work.launches} == planned
+        used |= planned
     assert len(used) > 1
 
 
