@@ -8,7 +8,7 @@ import torch
 from judged import check
 
 import hydragen
-from hydragen import api, tuning
+from hydragen import api, tuning, work
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
 
@@ -28,6 +28,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     name, persistent = request.param
     tile = replace(PREFIX_TILES[name], persistent=persistent)
     monkeypatch.setattr(tuning, "prefix_tile_for", lambda *_, **__: tile)
+    monkeypatch.setattr(work, "is_small", lambda *_: False)  # or small problems do without it
     api._PLANS.clear()
     yield
     api._PLANS.clear()

@@ -99,7 +99,10 @@ def entries(plan: WorkPlan) -> Iterator[tuple[dict[str, int], int, int, range]]:
             end = min(item["row_begin"] + launch.tile.block_m, item["num_tok"] * rows_per_token)
             computed = range(item["row_begin"], end)
             yield item, launch.tile.block_m, rows_per_token, computed
-            for link in launch.links[item["link_begin"] : item["link_end"]].tolist():
+            second = values[-len(LINK_COLUMNS) :]
+            place, more = item["link_begin"], item["num_segments"] - 2
+            others = [second, *launch.links[place : place + max(more, 0)].tolist()]
+            for link in others[: item["num_segments"] - 1]:
                 further = item | dict(zip(LINK_COLUMNS, link, strict=True))
                 yield further, launch.tile.block_m, rows_per_token, computed
 
@@ -266,7 +269,7 @@ def test_levels_are_planned_like_packed_nodes() -> None:
     levels = [(torch.empty(n, length, 2, 64),) * 2 for n, length in ((2, 40), (4, 17))]
     ours = plan_of(tree, q_lens, HEADS["8/2 half"], INTERPRETER, nodes=node_kv_of_levels(levels, tree))
     theirs = plan_of(tree, q_lens, HEADS["8/2 half"], INTERPRETER)
-    places = [ITEM_COLUMNS.index("level"), ITEM_COLUMNS.index("slot")]
+    places = [ITEM_COLUMNS.index(name) for name in ("level", "slot", "second_level", "second_slot")]
     for mine, other in zip(ours.work.launches, theirs.work.launches, strict=True):
         assert np.array_equal(np.delete(mine.items, places, 1), np.delete(other.items, places, 1))
         nodes = mine.items[:, ITEM_COLUMNS.index("node")]

@@ -16,9 +16,10 @@ from hydragen.tiles import Tile
 # The columns of the work table, as kernels/attend.py reads them.
 ITEM_COLUMNS = (
     *("node", "level", "slot", "begin", "end", "tok_begin", "num_tok", "row_begin", "dest"),
-    *("link_begin", "link_end"),
+    *("num_segments", "link_begin"),
+    *("second_node", "second_level", "second_slot", "second_begin", "second_end"),
 )
-# The columns of the table of links, as kernels/segment.py reads them: what follows an item's first segment.
+# The columns of the table of links, as kernels/segment.py reads them: an item's segments from the third on.
 LINK_COLUMNS = ITEM_COLUMNS[:5]
 
 
@@ -26,13 +27,18 @@ LINK_COLUMNS = ITEM_COLUMNS[:5]
 class Launch:
     """All work of one kind of tile: one launch of `items` x num_kv_heads / `heads` programs.
 
-    `links` has rows if some item goes on with other segments.
+    `links` has rows if some item has more than two segments.
     """
 
     tile: Tile
     heads: int
     items: NDArray[np.int32]
     links: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, len(LINK_COLUMNS)), np.int32))
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether some item has several segments."""
+        return bool((self.items[:, ITEM_COLUMNS.index("num_segments")] > 1).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,15 +121,19 @@ def lay_out_work(
         blocks = -(-num_tok[chosen] * heads.group_size * together // tile.block_m)
         which, block = _expand(blocks)
         source = chosen[which]
-        first, after, links = _links(pieces, nodes, chosen)
+        count = np.diff(pieces.indptr)[source]
+        place, links = _links(pieces, nodes, chosen)
+        # where there is no second segment the first stands once more, unread
+        second = pieces.columns(nodes, pieces.indptr[source] + (count > 1))
         columns = {
             **dict(zip(LINK_COLUMNS, pieces.columns(nodes, pieces.indptr[source]), strict=True)),
             "tok_begin": tok_begin[source],
             "num_tok": num_tok[source],
             "row_begin": block * tile.block_m,
             "dest": partials_before[source],
-            "link_begin": first[which],
-            "link_end": after[which],
+            "num_segments": count,
+            "link_begin": place[which],
+            **dict(zip(ITEM_COLUMNS[-len(LINK_COLUMNS) :], second, strict=True)),
         }
         table = np.stack([columns[name] for name in ITEM_COLUMNS], axis=1)
         launches.append(Launch(tile, together, table.astype(np.int32), links))
@@ -196,10 +206,9 @@ def _pieces(
     return _Pieces(segments.links[link[there]], low[there], high[there], np.append(0, np.cumsum(counts)))
 
 
-def _links(pieces: _Pieces, nodes: NodeKV, chosen: IntArray) -> tuple[IntArray, IntArray, NDArray[np.int32]]:
-    """Return where the further pieces of the splits `chosen` begin and end in a table, and that table."""
-    further = np.diff(pieces.indptr)[chosen] - 1
-    after = np.cumsum(further)
+def _links(pieces: _Pieces, nodes: NodeKV, chosen: IntArray) -> tuple[IntArray, NDArray[np.int32]]:
+    """Return where the pieces of the splits `chosen` go on in a table, from the third on, and that table."""
+    further = np.maximum(np.diff(pieces.indptr)[chosen] - 2, 0)
     of, within = _expand(further)
-    table = np.stack(pieces.columns(nodes, pieces.indptr[chosen[of]] + 1 + within), axis=1)
-    return after - further, after, table.astype(np.int32)
+    table = np.stack(pieces.columns(nodes, pieces.indptr[chosen[of]] + 2 + within), axis=1)
+    return np.cumsum(further) - further, table.astype(np.int32)

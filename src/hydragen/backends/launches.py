@@ -79,7 +79,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         options.sinks is not None and final,  # HAS_SINKS
         options.return_lse,  # HAS_LSE
         final,  # FINAL
-        launch.links.shape[0] > 0,  # RUNS
+        launch.has_runs,  # RUNS
         pdl,  # PDL
         options.causal and masked,  # CAUSAL
         options.window is not None,  # WINDOW

@@ -10,10 +10,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import LN_2, LOWEST, finish, fold_sink, round_to
-from .segment import attend_item
+from .segment import LINK_COLUMNS, attend_item
 
 # Columns of the work table (int32), in work.ITEM_COLUMNS' order.
-ITEM_COLUMNS = tl.constexpr(11)
+ITEM_COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
@@ -41,7 +41,8 @@ def attend(
     (no token has a second partial): the row goes to out [tokens, num_q_heads, HEAD_DIM_V] and lse [tokens,
     num_q_heads]. Otherwise it goes to part_out (float32, normalised) and part_lse (base 2) at partial row
     `dest + token - tok_begin`. The choice is made at compile time: both stores in one kernel cost 30 to 50
-    registers. With RUNS an item goes on with the segments at links[columns 9 to 10] of the table of links.
+    registers. With RUNS an item may have several segments: the second stands beside the first, the others
+    in the table of links.
     """
     if PDL:
         # The next launch may take what room this one leaves, as soon as all of this one is placed.
@@ -63,9 +64,17 @@ def attend(
     row_begin = tl.load(columns + 7)
     dest = tl.load(columns + 8)
     segment = (node, level, slot, begin, end)
-    links = (links_ptr, 0, 0)
-    if RUNS:
-        links = (links_ptr, tl.load(columns + 9), tl.load(columns + 10))
+    further = (segment, 1, links_ptr)
+    if RUNS:  # the second segment is asked for with the first
+        num_segments = tl.load(columns + 9)
+        link_begin = tl.load(columns + 10)
+        second_node = tl.load(columns + 11)
+        second_level = tl.load(columns + 12)
+        second_slot = tl.load(columns + 13)
+        second_begin = tl.load(columns + 14)
+        second_end = tl.load(columns + 15)
+        second = (second_node, second_level, second_slot, second_begin, second_end)
+        further = (second, num_segments, links_ptr + link_begin.to(tl.int64) * LINK_COLUMNS)
     num_q_heads = num_kv_heads * GROUP_SIZE
 
     rows = row_begin + tl.arange(0, BLOCK_M)
@@ -105,7 +114,7 @@ def attend(
     FLAGS: tl.constexpr = (CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET)
     LAYOUT: tl.constexpr = (HAS_LENS, CONTIGUOUS, NUM_KV_HEADS, NUM_STAGES, LOOP_TAIL)
     acc, running_max, running_sum = attend_item(
-        acc, running_max, running_sum, segment, links, rows_of, kv, strides, tables, options, -1,
+        acc, running_max, running_sum, segment, further, rows_of, kv, strides, tables, options, -1,
         False, RUNS, SIZES, FLAGS, LAYOUT,
     )  # fmt: skip
 
@@ -118,7 +127,7 @@ def attend(
                 own_max = tl.full([BLOCK_M], LOWEST, tl.float32)
                 own_sum = tl.zeros([BLOCK_M], tl.float32)
                 own_acc, own_max, own_sum = attend_item(
-                    own_acc, own_max, own_sum, segment, links, rows_of, kv, strides, tables, options,
+                    own_acc, own_max, own_sum, segment, further, rows_of, kv, strides, tables, options,
                     only_head, True, RUNS, SIZES, FLAGS, LAYOUT,
                 )  # fmt: skip
                 acc = tl.where((row_kv_head == only_head)[:, None], own_acc, acc)

@@ -125,32 +125,34 @@ def attend_segment(
 
 @triton.jit
 def attend_item(
-    acc, running_max, running_sum, segment, links, rows, kv, strides, tables, options, only_head,
+    acc, running_max, running_sum, segment, further, rows, kv, strides, tables, options, only_head,
     ISOLATE: tl.constexpr, RUNS: tl.constexpr, SIZES: tl.constexpr, FLAGS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over the keys of an item: of `segment`, and with RUNS of those linked to it."""
-    node, level, slot, begin, end = segment
+    """The running softmax over the keys of an item: of `segment`, and with RUNS of those that follow it."""
     if RUNS:
-        links_ptr, first, last = links
-        for link in tl.range(first, last + 1, num_stages=1):
-            # asked for now, so that it is here when this segment is done
-            link_ptr = links_ptr + tl.cast(link, tl.int64) * LINK_COLUMNS
-            more = link < last
-            next_node = tl.load(link_ptr, mask=more, other=0)
-            next_level = tl.load(link_ptr + 1, mask=more, other=0)
-            next_slot = tl.load(link_ptr + 2, mask=more, other=0)
-            next_begin = tl.load(link_ptr + 3, mask=more, other=0)
-            next_end = tl.load(link_ptr + 4, mask=more, other=0)
+        second, num_segments, links_ptr = further
+        for index in tl.range(0, num_segments, num_stages=1):
+            # Chosen, not carried from one iteration to the next: the pass of Triton 3.6 and 3.7 that removes
+            # layout conversions loses a carried `begin`, and all segments begin where the first one does.
+            is_first = index == 0
+            node = tl.where(is_first, segment[0], second[0])
+            level = tl.where(is_first, segment[1], second[1])
+            slot = tl.where(is_first, segment[2], second[2])
+            begin = tl.where(is_first, segment[3], second[3])
+            end = tl.where(is_first, segment[4], second[4])
+            if index > 1:
+                link_ptr = links_ptr + tl.cast(index - 2, tl.int64) * LINK_COLUMNS
+                node = tl.load(link_ptr)
+                level = tl.load(link_ptr + 1)
+                slot = tl.load(link_ptr + 2)
+                begin = tl.load(link_ptr + 3)
+                end = tl.load(link_ptr + 4)
             acc, running_max, running_sum = attend_segment(
                 acc, running_max, running_sum, node, level, slot, begin, end, rows, kv, strides, tables,
                 options, only_head, ISOLATE, SIZES, FLAGS, LAYOUT,
             )  # fmt: skip
-            node = next_node
-            level = next_level
-            slot = next_slot
-            begin = next_begin
-            end = next_end
     else:
+        node, level, slot, begin, end = segment
         acc, running_max, running_sum = attend_segment(
             acc, running_max, running_sum, node, level, slot, begin, end, rows, kv, strides, tables, options,
             only_head, ISOLATE, SIZES, FLAGS, LAYOUT,
