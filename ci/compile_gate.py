@@ -29,7 +29,15 @@ from hydragen.kernels.merge import merge
 from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.target import Target
-from hydragen.tiles import MERGES, MergeShape, Tile, few_tile, merge_registers, tiles_for
+from hydragen.tiles import (
+    MERGES,
+    MergeShape,
+    Tile,
+    few_tile,
+    has_double_matrices,
+    merge_registers,
+    tiles_for,
+)
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical
@@ -146,7 +154,9 @@ def compile_case(case: Case) -> Any:
         "HEADS_FIRST": tile.block_m <= 16,
         "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1,
         "PDL": case.arch >= 90,
-        "FOLD_SCALE": variant.get("FOLD_SCALE", True), "NUM_STAGES": tile.num_stages,
+        "FOLD_SCALE": variant.get("FOLD_SCALE", itemsize == 2),
+        "SCORES_64": itemsize == 4 and has_double_matrices(Target(case.arch, 132, 1.0, 1.0)),
+        "NUM_STAGES": tile.num_stages,
         "LOOP_TAIL": tile.loop_tail,
         "INTERPRET": False,
     }  # fmt: skip
@@ -245,11 +255,13 @@ def judge(case: Case) -> tuple[Case, int, str]:
 
 
 def instructions(case: Case) -> tuple[str, ...]:
-    """Return the instructions that a case must use; float32 has no matrix instruction that is exact."""
+    """Return the instructions that a case must use; float32 has exact ones only by way of float64."""
     if isinstance(case.tile, PrefixTile):
         return ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "griddepcontrol.launch_dependents")
-    if case.tile is None or case.dtype == "fp32":
+    if isinstance(case.tile, MergeShape):
         return ()
+    if case.dtype == "fp32":
+        return ("f64.f64.f64.f64",) if has_double_matrices(Target(case.arch, 132, 1.0, 1.0)) else ()
     if case.tile.block_m >= 64 and case.arch in (90, 100):
         return ({90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.arch],)
     return ("mma.sync",)

@@ -32,8 +32,8 @@ SMALL = {"small, a row each", "rows that end above others"}  # for a device of m
 @pytest.mark.parametrize("layout", ["packed", "levels"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_as_the_oracle(
-    name: str, layout: str, dtype: torch.dtype, options: dict[str, object], backend: str, device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, layout: str, dtype: torch.dtype, options: dict[str, object], backend: str,
+    device: torch.device, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if name in SMALL:
         monkeypatch.setattr(work, "is_small", lambda *_: True)

@@ -121,6 +121,14 @@ def merge_registers(target: Target) -> int:
     return max((cap for arch, cap in _MERGE_REGISTERS.items() if arch <= target.arch), default=0)
 
 
+def has_double_matrices(target: Target) -> bool:
+    """Return whether Triton multiplies float64 matrices by instructions of their own, and the device quickly.
+
+    The data-center parts of compute capability 8.0 and 9.0 do; the interpreter does as they do.
+    """
+    return target.arch in (0, 80, 90)
+
+
 def few_tile(tiles: tuple[Tile, ...]) -> Tile:
     """Return the smallest tile of `tiles`, as `tiles_for` returns them, for few programs with few keys."""
     return next((tile for key, tile in _FEW_TILES.items() if _HALF_TILES[key] == tiles), tiles[0])

@@ -12,7 +12,7 @@ from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kv import Strides
 from hydragen.queries import Heads
-from hydragen.tiles import merge_registers
+from hydragen.tiles import has_double_matrices, merge_registers
 from hydragen.tuning import merge_shape
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
@@ -44,7 +44,8 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
     capped = options.softcap is not None
     masked = tokens.q_pos is not None
     final = plan.work.final
-    fold_scale = options.scale * LOG2_E >= _SMALLEST and not capped
+    # float32 rounds each scaled logit: then that of the largest is 0 exactly, and its weight 1
+    fold_scale = options.scale * LOG2_E >= _SMALLEST and not capped and heads.itemsize == 2
     pdl = _dependent_launches(plan)
     numbers = (
         launch.items.shape[0],
@@ -85,6 +86,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         options.window is not None,  # WINDOW
         capped,  # SOFTCAP
         fold_scale,  # FOLD_SCALE
+        heads.itemsize == 4 and has_double_matrices(plan.target),  # SCORES_64
         tile.num_stages,
         tile.loop_tail,
         INTERPRET,

@@ -39,6 +39,7 @@ def attend_block(
     SOFTCAP: tl.constexpr = FLAGS[2]
     FOLD_SCALE: tl.constexpr = FLAGS[3]
     INTERPRET: tl.constexpr = FLAGS[4]
+    SCORES_64: tl.constexpr = FLAGS[5]
     columns = tl.arange(0, BLOCK_N)
     offs_n = start + columns // HEADS
     in_range = offs_n < end  # [BLOCK_N]
@@ -70,7 +71,12 @@ def attend_block(
         k = tl.load(k_ptrs)
     else:
         k = tl.load(k_ptrs, mask=d_ok[None, :], other=0.0)
-    scores = dot(q, k.T, None, INTERPRET)  # [BLOCK_M, BLOCK_N]
+    if SCORES_64:  # [BLOCK_M, BLOCK_N]
+        # A logit's error is multiplied by the logits' size: here it is that of one rounding, not of a sum of
+        # head_dim of them. sm_80 and sm_90 have matrix instructions for it.
+        scores = tl.dot(q.to(tl.float64), k.to(tl.float64).T, out_dtype=tl.float64).to(tl.float32)
+    else:
+        scores = dot(q, k.T, None, INTERPRET)
     if MASKED:  # values past the end are cleared as well: 0 * NaN is NaN
         v_ok = in_range
         if ISOLATE:  # and those of all heads but one
