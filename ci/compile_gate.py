@@ -155,7 +155,7 @@ def compile_case(case: Case) -> Any:
         "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1,
         "PDL": case.arch >= 90,
         "FOLD_SCALE": variant.get("FOLD_SCALE", itemsize == 2),
-        "SCORES_64": itemsize == 4 and has_double_matrices(Target(case.arch, 132, 1.0, 1.0)),
+        "SCORES_64": itemsize == 4 and has_double_matrices(Target(case.arch, 132, 1.0, 1.0), head_dim),
         "NUM_STAGES": tile.num_stages,
         "LOOP_TAIL": tile.loop_tail,
         "INTERPRET": False,
@@ -261,7 +261,8 @@ def instructions(case: Case) -> tuple[str, ...]:
     if isinstance(case.tile, MergeShape):
         return ()
     if case.dtype == "fp32":
-        return ("f64.f64.f64.f64",) if has_double_matrices(Target(case.arch, 132, 1.0, 1.0)) else ()
+        doubles = has_double_matrices(Target(case.arch, 132, 1.0, 1.0), case.head_dim)
+        return ("f64.f64.f64.f64",) if doubles else ()
     if case.tile.block_m >= 64 and case.arch in (90, 100):
         return ({90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.arch],)
     return ("mma.sync",)

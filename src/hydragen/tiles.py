@@ -77,7 +77,7 @@ _HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
         Tile(64, 64, 4, 3, False, 2),
         Tile(128, 64, 8, 3, registers=152),
     ),
-    (100, 128): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
+    (100, 128): (Tile(16, 64, 4, 2, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
     (90, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 16, 8, 2, True)),
     (100, 256): (Tile(16, 32, 4, 2, True, 2), Tile(64, 32, 8, 2)),
 }
@@ -121,12 +121,13 @@ def merge_registers(target: Target) -> int:
     return max((cap for arch, cap in _MERGE_REGISTERS.items() if arch <= target.arch), default=0)
 
 
-def has_double_matrices(target: Target) -> bool:
+def has_double_matrices(target: Target, head_dim: int) -> bool:
     """Return whether Triton multiplies float64 matrices by instructions of their own, and the device quickly.
 
-    The data-center parts of compute capability 8.0 and 9.0 do; the interpreter does as they do.
+    The data-center parts of compute capability 8.0 and 9.0 do; the interpreter does as they do. Long rows
+    that are not whole 16-byte words have no registers left for it.
     """
-    return target.arch in (0, 80, 90)
+    return target.arch in (0, 80, 90) and (head_dim <= 128 or head_dim % 4 == 0)
 
 
 def few_tile(tiles: tuple[Tile, ...]) -> Tile:
