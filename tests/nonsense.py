@@ -76,7 +76,7 @@ def a_tensor(rng: np.random.Generator, right: torch.Tensor) -> Drawn:
     if kind == 5:
         return torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)]), True
     if kind == 6:
-        return [..., 3, 2.5, math.nan, True, [], [[1.0]], right.numpy(), right.tolist()][
+        return [..., 3, 2.5, math.nan, True, [], [[1.0]], right.cpu().numpy(), right.tolist()][
             rng.integers(9)
         ], True
     if kind == 7:

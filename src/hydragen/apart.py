@@ -41,7 +41,8 @@ def is_small(
         return False
     if int(np.diff(changes).max()) * heads.group_size > tile.block_m:
         return False
-    return int(path_sums(tree.parents, -(-kv_lens // tile.step)).max()) <= _SMALL_STEPS
+    steps = path_sums(tree.parents, -(-kv_lens // tile.step))  # nodes that nobody attends to do not count
+    return int(steps[last].max()) <= _SMALL_STEPS
 
 
 def apart_nodes(
