@@ -155,7 +155,7 @@ def compile_case(case: Case) -> Any:
         "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1,
         "PDL": case.arch >= 90,
         "FOLD_SCALE": variant.get("FOLD_SCALE", itemsize == 2),
-        "FLOAT64": itemsize == 4 and has_double_matrices(Target(case.arch, 132, 1.0, 1.0), head_dim),
+        "SCORES_64": itemsize == 4 and has_double_matrices(Target(case.arch, 132, 1.0, 1.0), head_dim),
         "NUM_STAGES": tile.num_stages,
         "LOOP_TAIL": tile.loop_tail,
         "INTERPRET": False,
