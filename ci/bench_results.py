@@ -125,8 +125,8 @@ def against_torch(cells: list[Cell]) -> str:
         rows.append([cell["shape"], f"{cell['us']:.1f}", *times, verdict, invariant, *host])
     costs = [cost for cell in cells if "run" in (cost := host_us(cell))]
     beyond = (
-        f"; a run of a ready plan takes {statistics.median(c['run'] - c['launches'] for c in costs):.0f} µs more "
-        "than its launches in the median"
+        f"; a run of a ready plan takes {statistics.median(c['run'] - c['launches'] for c in costs):.0f} µs "
+        "more than its launches in the median"
         if costs
         else ""
     )
