@@ -92,14 +92,15 @@ def find_runs(
     count = np.bincount(of, minlength=node.size)
     several = count[of] > 1
     lens = kv_lens[link]
-    kv_len = np.zeros(node.size, np.int64)
-    np.add.at(kv_len, of, np.where(several, -(-lens // step) * step, lens))
+    before = np.append(0, np.cumsum(np.where(several, -(-lens // step) * step, lens)))
+    indptr = np.append(0, np.cumsum(count))
+    kv_len = np.diff(before[indptr])
     kept = count > 0
     return Runs(
         node[kept],
         kv_len[kept],
         begin[kept],
         (end - begin)[kept],
-        np.append(0, np.cumsum(count[kept])),
+        indptr[np.append(True, kept)],
         link,
     )

@@ -237,13 +237,12 @@ def split_size(
     keys = int((programs * kv_lens).sum())
     few = beside == 0 and keys < 2 * target.num_sms * longest
     best, best_time = longest, float("inf")
-    for num_splits in range(1, 129):
-        size = math.ceil(longest / num_splits / tile.step) * tile.step
-        if num_splits > 1 and size < 4 * tile.step:
-            break
-        splits = -(-kv_lens // size)
-        total = int((programs * splits).sum())
-        traffic = keys * bytes_per_key / target.bandwidth
+    traffic = keys * bytes_per_key / target.bandwidth
+    counts = np.arange(1, 129)
+    sizes = np.ceil(longest / counts / tile.step).astype(np.int64) * tile.step
+    counts, sizes = (x[(counts == 1) | (sizes >= 4 * tile.step)] for x in (counts, sizes))
+    totals = (-(-kv_lens // sizes[:, None])) @ programs
+    for num_splits, size, total in zip(counts.tolist(), sizes.tolist(), totals.tolist(), strict=True):
         # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
         waves = -(-total // slots) if total < 8 * slots else total / slots
         if tile.block_m > 16:
