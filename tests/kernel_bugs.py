@@ -99,8 +99,17 @@ BUGS = {
         '"row_begin": block * tile.block_m',
         '"row_begin": block * 0',
     ),
-    "second segment of a run left out": (SEGMENT, "tl.range(first, last + 1", "tl.range(last, last + 1"),
-    "first segment of a run once more": (SEGMENT, "            slot = next_slot\n", ""),
+    "second segment of a run left out": (SEGMENT, "(0, num_segments,", "(0, num_segments - 1,"),
+    "first segment of a run once more": (
+        SEGMENT,
+        "slot = tl.where(is_first, segment[2], second[2])",
+        "slot = segment[2]",
+    ),
+    "third segment of a run is another": (
+        SEGMENT,
+        "tl.cast(index - 2, tl.int64)",
+        "tl.cast(index - 1, tl.int64)",
+    ),
     "runs begin with their last segment": (
         LAYOUT,
         "pieces.columns(nodes, pieces.indptr[source])",
@@ -282,6 +291,7 @@ SMALLEST = {
     ),
     "second segment of a run left out": Problem((-1, 0), (1, 1), (1,), (1,), head_dim=1, head_dim_v=1),
     "first segment of a run once more": Problem((-1, 0), (1, 1), (1,), (1,), head_dim=1, head_dim_v=1),
+    "third segment of a run is another": Problem((-1, 0, 1), (1, 1, 1), (2,), (1,), head_dim=1, head_dim_v=1),
     "runs begin with their last segment": Problem((-1, 0), (1, 1), (1,), (1,), head_dim=1, head_dim_v=1),
     "page table ignored": Problem((-1,), (1,), (0,), (1,), head_dim=1, head_dim_v=1),
     "place within a page ignored": Problem((-1,), (2,), (0,), (1,), head_dim=1, head_dim_v=1),
