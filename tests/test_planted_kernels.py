@@ -34,6 +34,7 @@ PROBLEMS = {
     "causal": Problem((-1, 0), (40, 33), (1, 1), (33, 3), **SMALL, causal=True, sharpness="peaked"),
     "very negative": Problem(*TREE, (1, 2, 1), **SMALL, sharpness="very_negative"),
     "empty": Problem((-1, 0, -1), (0, 6, 0), (1, 2), (1, 1), **SMALL),
+    "a run of three": Problem((-1, 0, 1), (21, 5, 9), (2,), (1,), **SMALL),
     "odd heads, merged": Problem(
         (-1, 0, 0), (70, 9, 5), (1, 2), (2, 1), 6, 2, 13, 7, softcap=2.0, sinks=True, sharpness="peaked"
     ),
