@@ -236,3 +236,25 @@ def test_fresh_memory_is_poison(device: torch.device) -> None:
     for fresh in (torch.empty(3, device=device), x.new_empty(2, 2), torch.empty_like(x)):
         assert fresh.isnan().all()
     assert (torch.empty(3, dtype=torch.int32, device=device) == 2**31 - 1).all()
+
+
+@pytest.mark.parametrize("how", ["every other", "one for all"])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_sinks_of_any_stride(how: str, levels: int, backend: str, device: torch.device) -> None:
+    """A view of sinks is read by its stride, by the tiles and by the merge, in every run of a plan too."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(40, 1, 4, 16, generator=generator).to(device)
+    sizes = [(1, 70), (40, 5)][:levels]
+    kv = [tuple(torch.randn(2, n, m, 2, 16, generator=generator).to(device)) for n, m in sizes]
+    plain = (
+        torch.arange(0.0, 8.0, 2.0, device=device) if how == "every other" else torch.ones(4, device=device)
+    )
+    view = torch.arange(8.0, device=device)[::2] if how == "every other" else plain[:1].expand(4)
+    expected = hydragen.attention(q, kv, sinks=plain, backend=backend)
+    assert torch.equal(hydragen.attention(q, kv, sinks=view, backend=backend), expected)
+    tree = hydragen.PrefixTree.from_levels(
+        [[70], [5] * 40][:levels], row_to_node=[0] * 40 if levels == 1 else None
+    )
+    plan = hydragen.plan(tree, kv, num_q_heads=4, backend=backend)
+    for sinks in (plain, view, view, plain):
+        torch.testing.assert_close(plan.run(q, kv, sinks=sinks), expected)

@@ -182,3 +182,15 @@ def test_heads_per_program_on_an_h200(
     assert tree.kv_lens is not None
     segments, _ = find_segments(tree, tree.kv_lens, queries, Heads(32, heads, 128, 128, 2), H200, False)
     assert set(segments.heads[1:]) == {expected}
+
+
+@pytest.mark.parametrize("head_dim", [33, 64, 130, 250, 256])
+@pytest.mark.parametrize("group", [1, 3, 16, 17, 24, 64, 128])
+@pytest.mark.parametrize("target", GPUS, ids=lambda target: f"sm_{target.arch} {target.num_sms}")
+def test_every_group_of_heads_has_a_plan(target: Target, group: int, head_dim: int) -> None:
+    """More query heads per KV head than the smallest tile has rows, where there is no larger tile too."""
+    for itemsize in (2, 4):
+        heads = Heads(2 * group, 2, head_dim, head_dim, itemsize)
+        for kv_lens, rows in (([1], [1]), ([700, 30], [2, 1]), ([5000], [40])):
+            segments, _ = segments_of(kv_lens, rows, heads, target)
+            assert (segments.heads * group <= 16).all() or (segments.heads == 1).any()

@@ -123,10 +123,13 @@ def lay_out_work(
         source = chosen[which]
         count = np.diff(pieces.indptr)[source]
         place, links = _links(pieces, nodes, chosen)
+        first = pieces.columns(nodes, pieces.indptr[source])
         # where there is no second segment the first stands once more, unread
-        second = pieces.columns(nodes, pieces.indptr[source] + (count > 1))
+        second = (
+            pieces.columns(nodes, pieces.indptr[source] + 1 - (count == 1)) if (count > 1).any() else first
+        )
         columns = {
-            **dict(zip(LINK_COLUMNS, pieces.columns(nodes, pieces.indptr[source]), strict=True)),
+            **dict(zip(LINK_COLUMNS, first, strict=True)),
             "tok_begin": tok_begin[source],
             "num_tok": num_tok[source],
             "row_begin": block * tile.block_m,
@@ -135,8 +138,10 @@ def lay_out_work(
             "link_begin": place[which],
             **dict(zip(ITEM_COLUMNS[-len(LINK_COLUMNS) :], second, strict=True)),
         }
-        table = np.stack([columns[name] for name in ITEM_COLUMNS], axis=1)
-        launches.append(Launch(tile, together, table.astype(np.int32), links))
+        table = np.empty((source.size, len(ITEM_COLUMNS)), np.int32)
+        for index, name in enumerate(ITEM_COLUMNS):
+            table[:, index] = columns[name]
+        launches.append(Launch(tile, together, table, links))
 
     if final:
         empty = np.zeros(0, np.int32)

@@ -146,7 +146,7 @@ def heads_per_program(
     counts = [
         h
         for h in (1, 2, 4, 8, 16)
-        if h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4
+        if h == 1 or (h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4)
     ]
     blocks = [-(-num_tok * h * group_size // tile.block_m) for h in counts]
     reads = [int((kv_lens * block).sum()) for block in blocks]

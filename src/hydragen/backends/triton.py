@@ -86,6 +86,7 @@ class Ready:
             return AttentionState(out, lse)
         workspace: _Workspace | None = plan.uploads.get(("workspace", q.device))
         part_out, part_lse = _workspace(plan, q.device) if workspace is None else workspace
+        sinks = None if sinks is None else sinks.contiguous()  # the kernels take no stride for them
         some_sinks = part_lse if sinks is None else sinks
         with _on_device(q):
             if self._attends:
