@@ -9,20 +9,17 @@ Needs torch, transformers and accelerate, and PYTHONPATH=src:reference or an ins
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-BEGAN = time.perf_counter()  # imports take a part of the time
+import torch
+from results import commit, machine, results_path, source_hash
 
-import torch  # noqa: E402
-from results import commit, machine, results_path, source_hash  # noqa: E402
-
-from hydragen.transformers.bench import run  # noqa: E402
-from hydragen.transformers.bench_cases import Case, random_model  # noqa: E402
-from hydragen.transformers.bench_files import Results  # noqa: E402
+from hydragen.transformers.bench import run
+from hydragen.transformers.bench_cases import Case, random_model
+from hydragen.transformers.bench_files import Results
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "configs"
 LARGE, SMALL = "codellama-13b", "llama-3.1-8b"
@@ -126,7 +123,7 @@ def main() -> None:
             CASES,
             lambda name: random_model(CONFIGS / f"{name}.json", None, "cuda"),
             results,
-            seconds=given.seconds - (time.perf_counter() - BEGAN),
+            seconds=given.seconds,
             say=partial(print, flush=True),
         )
     print()

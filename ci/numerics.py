@@ -209,10 +209,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Error over length for each dtype: a line per contender, at most levels, the band over all others."""
-    import matplotlib as mpl  # noqa: PLC0415 - an extra
+    import matplotlib as mpl  # noqa: PLC0415 - the numbers are written where it is not installed, too
 
     mpl.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415 - after the choice of a backend
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - the backend must be chosen before
 
     names = {"ours": "hydragen", "fa2": "FlashAttention-2 (float32: SDPA math)", "original": "original merge"}
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype and row["ours"] > 0 for row in rows)]

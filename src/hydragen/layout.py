@@ -125,9 +125,8 @@ def lay_out_work(
         place, links = _links(pieces, nodes, chosen)
         first = pieces.columns(nodes, pieces.indptr[source])
         # where there is no second segment the first stands once more, unread
-        second = (
-            pieces.columns(nodes, pieces.indptr[source] + 1 - (count == 1)) if (count > 1).any() else first
-        )
+        several = count > 1
+        second = pieces.columns(nodes, pieces.indptr[source] + several) if several.any() else first
         columns = {
             **dict(zip(LINK_COLUMNS, first, strict=True)),
             "tok_begin": tok_begin[source],

@@ -88,6 +88,7 @@ class Runner:
             if len(self._ready) >= _MOST_KINDS:
                 self._ready.clear()
             self._ready[again.key] = ready
+            return ready(q, again.k, again.v, sinks)
         return self._backend.run(work, call, tokens)
 
 

@@ -145,7 +145,7 @@ def print_ratios() -> None:
         medians = interleaved_medians(setup, decode.rounds)
         print(f"{decode}: {1e3 * medians['hydragen']:.2f} ms")  # noqa: T201 - a program, when run as one
         for name, ratio in ratios(medians).items():
-            print(f"  {ratio:5.2f} times faster than {name}")  # noqa: T201
+            print(f"  {ratio:5.2f} times faster than {name}")  # noqa: T201 - the same
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def report(shapes: dict[str, Any], arguments: argparse.Namespace, device: torch.
     for name, shape in shapes.items():
         aim = f", at most {AIM[name]} wanted" if name in AIM else ""
         parts = f"attention {shape['attend_us']:,.1f}, exchange and merge {shape['merge_us']:,.1f}"
-        print(  # noqa: T201
+        print(  # noqa: T201 - a program's output
             f"{name}, prefix {arguments.prefix:,}, batch {arguments.batch}: one {shape['one_us']:,.1f} us, "
             f"{ranks} ranks {shape['all_us']:,.1f} us ({parts}): ratio {shape['ratio']:.3f}{aim}; "
             f"largest error {shape['error_all']:.1e} beside {shape['error_one']:.1e}; {shape['timed_by']}"

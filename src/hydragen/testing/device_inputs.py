@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydragen.testing.inputs import STD, VERY_NEGATIVE, Inputs, offsets
+from hydragen.testing.inputs import STD, Inputs, drawn_shifts, offsets
 from hydragen.testing.problem import Problem
 
 
@@ -65,20 +65,8 @@ def _shifted(
     problem: Problem, q: Tensor, k: Tensor, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `hydragen.testing.inputs._shifted`."""
-    num_tokens, num_q_heads, head_dim = q.shape
-    if problem.sharpness == "lopsided":
-        size = rng.choice([0.0, 1.0, 10.0, 100.0, 1e3, 1e4], problem.num_nodes)
-        shift = size * rng.choice([-1.0, 1.0], problem.num_nodes)
-        seen = rng.choice([1.0, -1.0, 0.5, -0.01], num_tokens)
-        sinks = rng.choice([-10.0, 0.0, 10.0, 100.0], num_q_heads)
-    else:
-        shift = VERY_NEGATIVE - rng.choice([0.0, 0.0, 3.0, 1e4], problem.num_nodes)
-        seen = np.ones(num_tokens)
-        if problem.sharpness == "some_very_negative":
-            seen = rng.integers(0, 2, num_tokens).astype(np.float64)
-        sinks = np.full(num_q_heads, VERY_NEGATIVE) + rng.standard_normal(num_q_heads)
-    scale = problem.logit_scale or 1.0
-    amplitude = math.sqrt(max(1.0, float(np.abs(shift).max())) / abs(scale))
+    _, num_q_heads, head_dim = q.shape
+    shift, seen, sinks, scale, amplitude = drawn_shifts(problem, rng)
     k = k * (2.0 / (scale * math.sqrt(max(1, head_dim - 1))))
     if head_dim == 1:
         k = k / amplitude

@@ -145,14 +145,22 @@ def _spread(problem: Problem, rng: np.random.Generator, std: float) -> tuple[_Ar
     return q, k, rng.standard_normal(problem.num_q_heads) * std
 
 
-def _shifted(problem: Problem, rng: np.random.Generator) -> tuple[_Array, _Array, _Array]:
-    """Keys whose logits are shifted node by node.
+def drawn_shifts(problem: Problem, rng: np.random.Generator) -> tuple[_Array, _Array, _Array, float, float]:
+    """What `_shifted` puts into keys and queries.
 
-    One coordinate per KV head carries the shift and the others carry noise of standard deviation 2: added up
-    in one coordinate, rounding to a half type would swallow the noise, and one key would take all the weight.
+    Returns
+    -------
+    shift : float64 [num_nodes]
+        Of the logits of each node's keys.
+    seen : float64 [total_q]
+        The part of it that each query token sees.
+    sinks : float64 [num_q_heads]
+    scale : float
+        Of the logits; 1 in place of 0.
+    amplitude : float
+        Half of the shift's magnitude: that of the queries, so that neither side leaves the range of float16.
     """
-    q_shape, k_shape = _shapes(problem)
-    num_tokens, num_q_heads, head_dim = q_shape
+    num_tokens, num_q_heads = problem.total_q, problem.num_q_heads
     if problem.sharpness == "lopsided":
         size = rng.choice([0.0, 1.0, 10.0, 100.0, 1e3, 1e4], problem.num_nodes)
         shift = size * rng.choice([-1.0, 1.0], problem.num_nodes)
@@ -165,8 +173,19 @@ def _shifted(problem: Problem, rng: np.random.Generator) -> tuple[_Array, _Array
             seen = rng.integers(0, 2, num_tokens).astype(np.float64)
         sinks = np.full(num_q_heads, VERY_NEGATIVE) + rng.standard_normal(num_q_heads)
     scale = problem.logit_scale or 1.0
-    # Half of the shift's magnitude each: neither side leaves the range of float16.
     amplitude = math.sqrt(max(1.0, float(np.abs(shift).max())) / abs(scale))
+    return shift, seen, sinks, scale, amplitude
+
+
+def _shifted(problem: Problem, rng: np.random.Generator) -> tuple[_Array, _Array, _Array]:
+    """Keys whose logits are shifted node by node.
+
+    One coordinate per KV head carries the shift and the others carry noise of standard deviation 2: added up
+    in one coordinate, rounding to a half type would swallow the noise, and one key would take all the weight.
+    """
+    q_shape, k_shape = _shapes(problem)
+    _, num_q_heads, head_dim = q_shape
+    shift, seen, sinks, scale, amplitude = drawn_shifts(problem, rng)
     noise = 2.0 / (scale * math.sqrt(max(1, head_dim - 1)))
     q, k = rng.standard_normal(q_shape), rng.standard_normal(k_shape) * noise
     if head_dim == 1:

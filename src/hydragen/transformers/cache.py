@@ -189,7 +189,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         if mine.lens.any():
             tails = tuple(layer.kv()[-1] for layer in self.layers)
             levels, parents = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails)), chosen
-        # another one of this class
+        # SLF001: another object of this class, which no caller could fill in
         forked._start(self.model, Rows(levels, frozen(parents), mine.num_layers, mine.device))  # noqa: SLF001
         forked._weights = self._weights  # noqa: SLF001
         forked._begin(self._logits.of_rows(chosen), self._pending[chosen])  # noqa: SLF001
@@ -242,7 +242,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
             One per row, in order.
         """
         # Not at the top: generation is made of caches.
-        from hydragen.transformers.generate import continue_rows  # noqa: PLC0415
+        from hydragen.transformers.generate import continue_rows  # noqa: PLC0415 - a cycle otherwise
 
         return continue_rows(self, input_ids, **options)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hydragen.testing.inputs import Inputs
 from hydragen.testing.problem import Problem
 
-# With their log-sum-exps, which scaled_dot_product_attention does not return.
+# With their log-sum-exps, which torch's public function does not return: SLF001, there is no other name.
 _gpu_flash = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
 
