@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from hydragen.backends.launches import padded
+from hydragen.backends.prefix import MOST_LEVELS
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
@@ -66,6 +67,7 @@ RUN_VARIANTS: dict[str, dict[str, int]] = {
 # The same for the specialised prefix tile, which serves fewer kinds of call.
 PREFIX_VARIANTS: dict[str, dict[str, int]] = {
     "decode": {},
+    "four levels": {"NUM_LEVELS": 4},
     "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
     "gathered": {"GATHER_Q": True, "HAS_LENS": True},
 }
@@ -155,7 +157,7 @@ def compile_case(case: Case) -> Any:
         "HEADS": max(1, 16 // GROUP_SIZE) if tile.block_m <= 16 and itemsize == 2 else 1,
         "PDL": case.arch >= 90,
         "FOLD_SCALE": variant.get("FOLD_SCALE", itemsize == 2),
-        "SCORES_64": itemsize == 4 and has_double_matrices(Target(case.arch, 132, 1.0, 1.0), head_dim),
+        "DOUBLE": itemsize == 4 and has_double_matrices(Target(case.arch, 132, 1.0, 1.0), head_dim),
         "NUM_STAGES": tile.num_stages,
         "LOOP_TAIL": tile.loop_tail,
         "INTERPRET": False,
@@ -173,8 +175,11 @@ def compile_case(case: Case) -> Any:
 
 
 def _compile_prefix(case: Case, tile: PrefixTile) -> Any:
-    on = {"FINAL": False, "HAS_SINKS": False, "HAS_LSE": False, "GATHER_Q": False, "HAS_LENS": False}
-    constants = on | PREFIX_VARIANTS[case.variant] | {
+    on = {
+        "FINAL": False, "HAS_SINKS": False, "HAS_LSE": False, "GATHER_Q": False, "HAS_LENS": False,
+        "NUM_LEVELS": 1,
+    }  # fmt: skip
+    constants: dict[str, Any] = on | PREFIX_VARIANTS[case.variant] | {
         "q_len": 1, "GROUP_SIZE": GROUP_SIZE, "NUM_KV_HEADS": NUM_KV_HEADS, "HEAD_DIM": case.head_dim,
         "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
         "CONSUMERS": tile.consumers, "CONSUMER_REGISTERS": tile.consumer_registers, "Q_SHARED": tile.q_shared,
@@ -182,7 +187,16 @@ def _compile_prefix(case: Case, tile: PrefixTile) -> Any:
     }  # fmt: skip
     pointer, block = f"*{case.dtype}", f"{case.dtype}[{tile.block_n}, {case.head_dim}]"
     types: dict[str, Any] = {"q_ptr": pointer, "out_ptr": pointer, "sinks_ptr": pointer}
-    types["k_desc"] = types["v_desc"] = f"tensordesc<{block},{BLOCK_LAYOUT!r}>"
+    levels = int(constants["NUM_LEVELS"])
+    for name in ("k_desc", "v_desc"):
+        for level in range(MOST_LEVELS):
+            field = f"{name}_{level}" if level else name
+            if level < levels:
+                types[field] = f"tensordesc<{block},{BLOCK_LAYOUT!r}>"
+            else:
+                constants[field] = None
+    for name in ("levels", "k_slot_rows", "v_slot_rows"):
+        types[name] = ("i32",) * levels
     return _compile(attend_prefix, constants, types, case.arch, 4, 3, tile.registers)
 
 

@@ -22,7 +22,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a measurement had decided for one of the tiles, whatever the shape."""
 
     def one_for_all(arch: int, _k: int, _v: int, itemsize: int, **_: float) -> PrefixTile | None:
-        return PREFIX_TILES["wide+1"] if arch == 90 and itemsize == 2 else None
+        return PREFIX_TILES["wide"] if arch == 90 and itemsize == 2 else None
 
     monkeypatch.setattr(tuning, "prefix_tile_for", one_for_all)
 
@@ -67,7 +67,7 @@ def special(plan: WorkPlan) -> list[bool]:
 
 
 def test_nobody_gets_it_before_it_is_measured() -> None:
-    some = {"traffic": 1.0, "num_tasks": 64, "num_sms": 132}
+    some = {"traffic": 1.0, "num_blocks": 64, "num_sms": 132}
     assert prefix_tile_for(80, 128, 128, 2, **some) is None
     assert prefix_tile_for(100, 128, 128, 2, **some) is None
     assert prefix_tile_for(90, 128, 64, 2, **some) is None
@@ -76,16 +76,18 @@ def test_nobody_gets_it_before_it_is_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("traffic", "num_tasks", "name", "persistent"),
+    ("traffic", "num_blocks", "name", "persistent"),
     [
         (0.09, 256, "wide", True),
         (0.36, 16, "wide", True),
         (1.44, 256, "narrow+2", True),
+        (0.75, 160, "narrow+2", True),
+        (1.44, 128, "single", False),
         (23, 64, "single", False),
     ],
 )
-def test_what_is_best_for_a_shape(traffic: float, num_tasks: int, name: str, persistent: bool) -> None:
-    tile = prefix_tile_for(90, 128, 128, 2, traffic=traffic, num_tasks=num_tasks, num_sms=132)
+def test_what_is_best_for_a_shape(traffic: float, num_blocks: int, name: str, persistent: bool) -> None:
+    tile = prefix_tile_for(90, 128, 128, 2, traffic=traffic, num_blocks=num_blocks, num_sms=132)
     assert tile == replace(PREFIX_TILES[name], persistent=persistent)
 
 
@@ -126,18 +128,32 @@ def test_not_where_another_tree_may_follow() -> None:
 
 
 @pytest.mark.usefixtures("chosen")
-def test_a_launch_reads_one_level_and_nothing_is_lost() -> None:
+def test_one_launch_reads_several_levels_and_nothing_is_lost() -> None:
     sizes = [(1, 1000), (2, 500), (512, 16)]
     _, plan = planned(zeros(512, 1, 8, 64), levels(sizes))
-    assert special(plan) == [True, True, False]
-    for launch, (nodes, tokens) in zip(plan.work.launches, sizes, strict=True):
-        items = launch.items
-        assert len(np.unique(items[:, 1])) == 1
-        keys = ((items[:, 4] - items[:, 3]) * np.minimum(launch.tile.block_m, items[:, 6] * 4)).sum()
-        if launch.tile.prefix is not None:
-            assert keys == tokens * 512 * 4
-        else:
-            assert len(items) * launch.heads // 2 == nodes
+    assert special(plan) == [True, False]
+    shared, own = plan.work.launches
+    keys = (shared.items[:, 4] - shared.items[:, 3]) * np.minimum(shared.tile.block_m, shared.items[:, 6] * 4)
+    for level, (_, tokens) in enumerate(sizes[:2]):
+        assert keys[shared.items[:, 1] == level].sum() == tokens * 512 * 4
+    assert len(own.items) * own.heads // 2 == 512
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize(("levels_shared", "served"), [(1, True), (4, True), (5, False)])
+def test_how_many_levels_one_launch_serves(levels_shared: int, served: bool) -> None:
+    """A descriptor is an argument of the kernel; beyond those that it has, the plain tile does the launch."""
+    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.prefix import PrefixLauncher, levels_of  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
+
+    kv = levels([(2, 256)] * levels_shared + [(512, 16)])
+    call, plan = planned(zeros(512, 1, 8, 64), kv)
+    assert special(plan) == [True, False]
+    assert levels_of(plan.work.launches[0]) == tuple(range(levels_shared))
+    launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
+    assert isinstance(launcher, PrefixLauncher) == served
 
 
 @pytest.mark.triton

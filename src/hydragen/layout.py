@@ -98,7 +98,6 @@ def lay_out_work(
     tok_begin, num_tok = segments.tok_begin[split_of], segments.num_tok[split_of]
     partials_before = np.append(0, np.cumsum(num_tok))
     pieces = _pieces(segments, kv_lens, split_of, begin, end)
-    node = pieces.node[pieces.indptr[:-1]]
 
     num_tokens = queries.token.size
     entry_of, within = _expand(num_tok)
@@ -106,14 +105,12 @@ def lay_out_work(
     partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
     final = may_be_final and bool((partials_per_token == 1).all())
 
-    # One launch per kind of tile, the specialised one per level of KV. The largest first: they are bound by
-    # compute, and what follows fills the room they leave.
-    num_levels = len(nodes.k)
-    one_level = np.array([tile.prefix is not None for tile in tiles])[segments.tile[split_of]]
-    kind = (segments.tile[split_of] + 1) * num_levels - np.where(one_level, nodes.level[node], 0)
+    # One launch per kind of tile. The largest first: they are bound by compute, and what follows fills the
+    # room they leave.
+    kind = segments.tile[split_of]
     launches = []
     for this in np.unique(kind)[::-1]:
-        tile, chosen = tiles[-(-this // num_levels) - 1], np.flatnonzero(kind == this)
+        tile, chosen = tiles[this], np.flatnonzero(kind == this)
         # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay
         # together
         chosen = chosen[np.argsort(-pieces.num_keys[chosen], kind="stable")]

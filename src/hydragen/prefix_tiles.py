@@ -61,8 +61,6 @@ class PrefixTile:
 # name -> tile; in brackets registers and KB of shared memory left beside one program at head_dim 128
 PREFIX_TILES: dict[str, PrefixTile] = {
     "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: nothing fits beside it
-    "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 66]: one suffix program
-    "narrow+1": PrefixTile(64, 3, 2, 128, 176, beside=1),  # [16,384; 130]: one
     "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: two
     "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: two, or a second program of its own
     "256": PrefixTile(64, 2, 1, 168, 240, q_shared=True),  # for head_dim 256: [22,528; 63], nothing
@@ -86,7 +84,7 @@ def prefix_tile_for(
     itemsize: int,
     *,
     traffic: float,
-    num_tasks: int,
+    num_blocks: int,
     num_sms: int,
 ) -> PrefixTile | None:
     """Return the tile for shared segments of `min_rows` query rows and more; None: the plain one.
@@ -94,8 +92,8 @@ def prefix_tile_for(
     The fastest tile leaves no room beside it, and so do all of its kind that keep every multiprocessor busy:
     measured on the 52 shapes of tests/bench/peers_h200.csv (docs/experiments.md), it is the best where the
     prefix takes much longer than the traffic of everything else. Otherwise a tile that leaves room for two
-    suffix programs: with several tasks per multiprocessor the one of two consumers, with fewer a small one,
-    of which there are more.
+    suffix programs: a small one while there is at most one program of it per multiprocessor (two of them
+    would take that room), beyond that the one of two consumers.
 
     Parameters
     ----------
@@ -107,8 +105,8 @@ def prefix_tile_for(
         Bytes per element: 2.
     traffic : float
         Seconds of memory traffic beside these segments for each second of their compute, at the peak.
-    num_tasks, num_sms : int
-        Tasks of 128 rows and one KV head, and multiprocessors to share them.
+    num_blocks, num_sms : int
+        Blocks of 64 rows and one KV head, and multiprocessors to share them.
     """
     if arch != 90 or itemsize != 2 or (head_dim, head_dim_v) not in _MEASURED:
         return None
@@ -118,6 +116,6 @@ def prefix_tile_for(
         return replace(PREFIX_TILES["narrow+2"], persistent=True)
     if traffic < _LITTLE_TRAFFIC:
         return replace(PREFIX_TILES["wide"], persistent=True)
-    if num_tasks > num_sms:
-        return replace(PREFIX_TILES["narrow+2"], persistent=True)
-    return PREFIX_TILES["single"]
+    if num_blocks <= num_sms:
+        return PREFIX_TILES["single"]
+    return replace(PREFIX_TILES["narrow+2"], persistent=True)

@@ -106,7 +106,7 @@ def specialise(
         head_dim_v,
         itemsize,
         traffic=float(traffic[~large].sum() / compute[large].sum()),
-        num_tasks=int((-(-rows[large] // 128)).sum()) * num_kv_heads,
+        num_blocks=int((-(-rows[large] // 64)).sum()) * num_kv_heads,
         num_sms=target.num_sms,
     )
     if special is None:

@@ -160,7 +160,7 @@ def make_work_plan(
 
     With `fixed_heads`, the KV heads per program of each tile, the plan launches kernels that have been chosen
     already: they leave partials for a merge. Without `specialised` the plain tile serves all: a launch of the
-    specialised one is bound to a level of KV, and another tree may need others.
+    specialised one is bound to levels of KV, and another tree may need others.
     """
     queries = Queries.of(tree, q_starts, q_lens)
     segments, tiles = find_segments(

@@ -58,15 +58,12 @@ TILES = [
     NONE,
     Variant("wide", "wide"),
     Variant("wide, persistent", "wide", persistent=True),
-    Variant("wide+1", "wide+1"),
-    Variant("wide+1, persistent", "wide+1", persistent=True),
-    Variant("narrow+1, persistent", "narrow+1", persistent=True),
     Variant("narrow+2", "narrow+2"),
     Variant("narrow+2, persistent", "narrow+2", persistent=True),
     Variant("single", "single"),
 ]
 # where the programs fit one wave, persistent ones are the same
-ONE_WAVE = [variant for variant in TILES if not variant.persistent or variant.tile == "narrow+1"]
+ONE_WAVE = [variant for variant in TILES if not variant.persistent]
 ALONE = [PLAIN, NONE, *(Variant(name, name) for name in prefix_tiles.PREFIX_TILES)]
 MEMORY_BOUND = [
     PLAIN,

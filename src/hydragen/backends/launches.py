@@ -86,7 +86,7 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         options.window is not None,  # WINDOW
         capped,  # SOFTCAP
         fold_scale,  # FOLD_SCALE
-        heads.itemsize == 4 and has_double_matrices(plan.target, heads.head_dim),  # SCORES_64
+        heads.itemsize == 4 and has_double_matrices(plan.target, heads.head_dim),  # DOUBLE
         tile.num_stages,
         tile.loop_tail,
         INTERPRET,

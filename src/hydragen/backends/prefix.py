@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hydragen.backends.launch import LOG2_E, Launcher
 from hydragen.backends.tokens import Tokens
 from hydragen.kv import NodeKV, Strides
-from hydragen.layout import Launch
+from hydragen.layout import ITEM_COLUMNS, Launch
 from hydragen.prefix_tiles import PrefixTile
 from hydragen.queries import Heads
 from hydragen.validation import Call
@@ -23,9 +24,12 @@ except (ImportError, AttributeError) as error:  # pragma: no cover - the pinned 
 else:
     WHY_NOT = None
 
+# Levels of KV that one launch can read: a tensor descriptor is an argument of the kernel.
+MOST_LEVELS = 4
+
 
 class PrefixLauncher:
-    """A launch of the specialised tile over one level of KV; `plain` steps in for addresses it cannot take.
+    """A launch of the specialised tile; `plain` steps in for addresses it cannot take.
 
     Descriptors are made on the host, at each call, since they hold the tensors' addresses: a captured graph
     keeps them as it keeps addresses.
@@ -35,28 +39,32 @@ class PrefixLauncher:
         self,
         launcher: Launcher,
         plain: Launcher,
-        level: int,
+        levels: tuple[int, ...],
         tile: PrefixTile,
-        strides: tuple[Strides, Strides],
+        strides: tuple[tuple[Strides, ...], tuple[Strides, ...]],
     ) -> None:
-        self._launcher, self._plain, self._level = launcher, plain, level
+        self._launcher, self._plain, self._levels = launcher, plain, levels
         self._tile, self._strides = tile, strides
-        self._fields: dict[tuple[int, torch.Size], dict[str, Any]] = {}
+        self._none = (None,) * (MOST_LEVELS - len(levels))
+        self._fields: dict[tuple[int, int, torch.Size], dict[str, Any]] = {}
 
     def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
         """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them."""
         q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, token, _, _, kv_lens, _ = tensors
-        k, v = ks[self._level], vs[self._level]
-        if k.data_ptr() % 16 or v.data_ptr() % 16:
-            self._plain(tensors, aligned)
-            return
-        descriptors = (self._descriptor(0, k), self._descriptor(1, v))
+        descriptors: list[Any] = []
+        for side, levels in enumerate((ks, vs)):
+            for level in self._levels:
+                if levels[level].data_ptr() % 16:
+                    self._plain(tensors, aligned)
+                    return
+                descriptors.append(self._descriptor(side, level, levels[level]))
+            descriptors += self._none
         self._launcher((q, *descriptors, out, lse, part_out, part_lse, sinks, items, token, kv_lens), aligned)
 
-    def _descriptor(self, side: int, x: Tensor) -> Any:
-        """Describe k (0) or v (1) as [keys of all slots, num_kv_heads * head_dim]."""
-        slot, row, head, _ = self._strides[side]
-        key = (side, x.shape)
+    def _descriptor(self, side: int, level: int, x: Tensor) -> Any:
+        """Describe k (0) or v (1) of a level as [keys of all slots, num_kv_heads * head_dim]."""
+        slot, row, head, _ = self._strides[side][level]
+        key = (side, level, x.shape)
         fields = self._fields.get(key)
         if fields is None:
             tokens = x.shape[-3]
@@ -82,9 +90,16 @@ def serves(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch, fold_scal
         return False
     if nodes.pages is not None or call.q.stride(-1) != 1:
         return False
-    level = int(launch.items[0, 1])
-    sizes = ((nodes.k_strides[level], heads.head_dim), (nodes.v_strides[level], heads.head_dim_v))
-    return all(_describable(strides, size, heads, nodes, level) for strides, size in sizes)
+    levels = levels_of(launch)
+    sides = ((nodes.k_strides, heads.head_dim), (nodes.v_strides, heads.head_dim_v))
+    return len(levels) <= MOST_LEVELS and all(
+        _describable(strides[level], size, heads, nodes, level) for level in levels for strides, size in sides
+    )
+
+
+def levels_of(launch: Launch) -> tuple[int, ...]:
+    """Return the levels of KV that a launch reads, rising."""
+    return tuple(np.unique(launch.items[:, ITEM_COLUMNS.index("level")]).tolist())
 
 
 def _describable(strides: Strides, size: int, heads: Heads, nodes: NodeKV, level: int) -> bool:
@@ -120,15 +135,15 @@ def prefix_launcher(
     if tile is None or WHY_NOT is not None:
         raise ImportError(f"this Triton has no Gluon as kernels/prefix_sm90.py needs it: {WHY_NOT}")
     q, heads, options, final = call.q, plan.heads, call.options, plan.work.final
-    level = int(launch.items[0, 1])
-    k_strides, v_strides = call.nodes.k_strides[level], call.nodes.v_strides[level]
+    levels, k_strides, v_strides = levels_of(launch), call.nodes.k_strides, call.nodes.v_strides
     num_tasks = launch.items.shape[0] * heads.num_kv_heads
     numbers = (
         num_tasks,
         launch.items.shape[0],
         q.shape[1] if q.dim() == 4 else 1,
-        k_strides[0] // k_strides[1],
-        v_strides[0] // v_strides[1],
+        levels,
+        tuple([k_strides[level][0] // k_strides[level][1] for level in levels]),
+        tuple([v_strides[level][0] // v_strides[level][1] for level in levels]),
         options.scale * LOG2_E,
         q.stride(0),
         q.stride(1) if q.dim() == 4 else 0,
@@ -150,6 +165,7 @@ def prefix_launcher(
         options.sinks is not None and final,  # HAS_SINKS
         options.return_lse,  # HAS_LSE
         pdl,  # PDL
+        len(levels),  # NUM_LEVELS
     )
     launcher = Launcher(
         attend_prefix,
@@ -159,4 +175,4 @@ def prefix_launcher(
         {"num_warps": 4, "maxnreg": tile.registers, "launch_pdl": pdl and waits},
         kinds,
     )
-    return PrefixLauncher(launcher, plain, level, tile, (k_strides, v_strides))
+    return PrefixLauncher(launcher, plain, levels, tile, (k_strides, v_strides))

@@ -32,7 +32,7 @@ def attend(
     GATHER_Q: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
     FINAL: tl.constexpr, RUNS: tl.constexpr, PDL: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr,
-    SCORES_64: tl.constexpr,
+    DOUBLE: tl.constexpr,
     NUM_STAGES: tl.constexpr, LOOP_TAIL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attend one item of the work table for HEADS KV heads.
@@ -112,7 +112,7 @@ def attend(
     tables = (kv_start_ptr, kv_lens_ptr, pages_ptr, num_pages)
     options = (window, scale_log2, softcap)
     SIZES: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS, PAGE_SIZE)
-    FLAGS: tl.constexpr = (CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET, SCORES_64)
+    FLAGS: tl.constexpr = (CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET, DOUBLE)
     LAYOUT: tl.constexpr = (HAS_LENS, CONTIGUOUS, NUM_KV_HEADS, NUM_STAGES, LOOP_TAIL)
     acc, running_max, running_sum = attend_item(
         acc, running_max, running_sum, segment, further, rows_of, kv, strides, tables, options, -1,

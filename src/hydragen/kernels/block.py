@@ -39,7 +39,7 @@ def attend_block(
     SOFTCAP: tl.constexpr = FLAGS[2]
     FOLD_SCALE: tl.constexpr = FLAGS[3]
     INTERPRET: tl.constexpr = FLAGS[4]
-    SCORES_64: tl.constexpr = FLAGS[5]
+    DOUBLE: tl.constexpr = FLAGS[5]
     columns = tl.arange(0, BLOCK_N)
     offs_n = start + columns // HEADS
     in_range = offs_n < end  # [BLOCK_N]
@@ -71,9 +71,9 @@ def attend_block(
         k = tl.load(k_ptrs)
     else:
         k = tl.load(k_ptrs, mask=d_ok[None, :], other=0.0)
-    if SCORES_64:  # [BLOCK_M, BLOCK_N]
+    if DOUBLE:  # [BLOCK_M, BLOCK_N]
         # A logit's error is multiplied by the logits' size: here it is that of one rounding, not of a sum of
-        # head_dim of them. sm_80 and sm_90 have matrix instructions for it.
+        # head_dim of them. So is the product with the values. sm_80 and sm_90 have instructions for it.
         scores = tl.dot(q.to(tl.float64), k.to(tl.float64).T, out_dtype=tl.float64).to(tl.float32)
     else:
         scores = dot(q, k.T, None, INTERPRET)
@@ -108,7 +108,11 @@ def attend_block(
         p = tl.math.exp2(scores - new_max[:, None])
     alpha = tl.math.exp2(running_max - new_max)
     running_sum = running_sum * alpha + tl.sum(p, 1)
-    acc = dot(round_to(p, v.dtype, INTERPRET), v, acc * alpha[:, None], INTERPRET)
+    if DOUBLE:
+        added = tl.dot(p.to(tl.float64), v.to(tl.float64), out_dtype=tl.float64)
+        acc = acc * alpha[:, None] + added.to(tl.float32)
+    else:
+        acc = dot(round_to(p, v.dtype, INTERPRET), v, acc * alpha[:, None], INTERPRET)
     return acc, new_max, running_sum
 
 

@@ -45,31 +45,46 @@ def fetch(desc, row, column, ring, full, empty, block, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(descs, rings, work, SIZES: gl.constexpr, HAS_LENS: gl.constexpr):
-    """Fetch the keys and values of the program's tasks in the order in which the consumers need them."""
-    k_desc, v_desc, k_slot_rows, v_slot_rows = descs
+def fetch_segment(
+    k_desc, v_desc, k_row, v_row, kv_head, blocks, done, rings, SIZES: gl.constexpr
+):  # fmt: skip
+    """Bring a segment's blocks in the order of their use; the last begins at rows k_row and v_row."""
     k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
-    items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _ = work
     HEAD_DIM: gl.constexpr = SIZES[2]
     HEAD_DIM_V: gl.constexpr = SIZES[3]
     BLOCK_N: gl.constexpr = SIZES[4]
     STAGES: gl.constexpr = SIZES[5]
+    k_column = kv_head * HEAD_DIM
+    v_column = kv_head * HEAD_DIM_V
+    fetch(k_desc, k_row, k_column, k_ring, k_full, k_empty, done, STAGES)
+    for i in range(1, blocks):
+        fetch(k_desc, k_row - i * BLOCK_N, k_column, k_ring, k_full, k_empty, done + i, STAGES)
+        v_before = v_row - (i - 1) * BLOCK_N
+        fetch(v_desc, v_before, v_column, v_ring, v_full, v_empty, done + i - 1, STAGES)
+    v_row -= (blocks - 1) * BLOCK_N
+    fetch(v_desc, v_row, v_column, v_ring, v_full, v_empty, done + blocks - 1, STAGES)
+
+
+@gluon.jit
+def produce(descs, rings, work, SIZES: gl.constexpr, NUM_LEVELS: gl.constexpr, HAS_LENS: gl.constexpr):
+    """Fetch the keys and values of the program's tasks in the order in which the consumers need them.
+
+    A descriptor is of one tensor and cannot be chosen at run time: there is code for each level.
+    """
+    k_descs, v_descs, levels, k_slot_rows, v_slot_rows = descs
+    items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _ = work
+    BLOCK_N: gl.constexpr = SIZES[4]
     done = 0  # blocks of earlier tasks
     for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
         columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
+        level = gl.load(columns + 1)
         node_slot = gl.load(columns + 2)
         begin = gl.load(columns + 3)
         blocks = num_blocks(begin, end, BLOCK_N)
         last = begin + (blocks - 1) * BLOCK_N
-        k_row = node_slot * k_slot_rows + last
-        v_row = node_slot * v_slot_rows + last
-        k_column = kv_head * HEAD_DIM
-        v_column = kv_head * HEAD_DIM_V
-        fetch(k_desc, k_row, k_column, k_ring, k_full, k_empty, done, STAGES)
-        for i in range(1, blocks):
-            fetch(k_desc, k_row - i * BLOCK_N, k_column, k_ring, k_full, k_empty, done + i, STAGES)
-            v_before = v_row - (i - 1) * BLOCK_N
-            fetch(v_desc, v_before, v_column, v_ring, v_full, v_empty, done + i - 1, STAGES)
-        v_row -= (blocks - 1) * BLOCK_N
-        fetch(v_desc, v_row, v_column, v_ring, v_full, v_empty, done + blocks - 1, STAGES)
+        for i in gl.static_range(NUM_LEVELS):
+            k_row = node_slot * k_slot_rows[i] + last
+            v_row = node_slot * v_slot_rows[i] + last
+            if level == levels[i]:
+                fetch_segment(k_descs[i], v_descs[i], k_row, v_row, kv_head, blocks, done, rings, SIZES)
         done += blocks

@@ -3,10 +3,11 @@
 It serves the work table of kernels/attend.py, with the same rows, partials and outputs, where a plain tile is
 bound by the tensor cores: 64 * CONSUMERS query rows a program, keys and values contiguous per token, no mask
 but the segment's end, no soft cap. One warp brings blocks of keys and values into rings of shared memory by
-TMA. Each consumer is a warpgroup with 64 rows of its own; consumers never wait for one another, so that the
-softmax of one runs beside the products of the other. Within a consumer the product with the values of one
-block is queued behind the scores of the next and runs during their softmax. Blocks are walked from the
-segment's end: only the first can be short, and the main loop carries no mask.
+TMA. Each consumer is a warpgroup with 64 rows of its own; but for the end of a segment within a block they do
+not wait for one another, so that the softmax of one runs beside the products of the other. Within a consumer
+the product with the values of one block is queued behind the scores of the next and runs during their
+softmax. Blocks are walked from the segment's end: only the first can be short, and the main loop carries no
+mask.
 """
 
 from triton.experimental import gluon
@@ -45,10 +46,13 @@ def softmax_step(scores, running_max, scale_log2):
 
 
 @gluon.jit
-def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.constexpr, FLAGS: gl.constexpr):
+def consume(
+    tensors, rings, handover, work, strides, WHICH: gl.constexpr, SIZES: gl.constexpr, FLAGS: gl.constexpr
+):  # fmt: skip
     """Attend the rows of one consumer of each of the program's tasks."""
     q_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, q_ring = tensors
     k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
+    cleared, seen = handover
     items_ptr, q_token_ptr, kv_lens_ptr, num_tasks, num_items, q_len, scale_log2 = work
     stride_qb, stride_qt, stride_qh = strides
     GROUP_SIZE: gl.constexpr = SIZES[0]
@@ -57,6 +61,7 @@ def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.conste
     HEAD_DIM_V: gl.constexpr = SIZES[3]
     BLOCK_N: gl.constexpr = SIZES[4]
     STAGES: gl.constexpr = SIZES[5]
+    CONSUMERS: gl.constexpr = SIZES[6]
     Q_SHARED: gl.constexpr = FLAGS[0]
     GATHER_Q: gl.constexpr = FLAGS[1]
     HAS_LENS: gl.constexpr = FLAGS[2]
@@ -74,20 +79,30 @@ def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.conste
     )
     Q_LAYOUT: gl.constexpr = ROWWISE if Q_SHARED else Q_OPERAND
     done = 0  # blocks of earlier tasks
+    short = 0  # earlier tasks that end within a block
     for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
         columns, kv_head, end = locate(items_ptr, kv_lens_ptr, task, num_items, HAS_LENS)
         begin = gl.load(columns + 3)
         blocks = num_blocks(begin, end, BLOCK_N)
         left = end - begin - (blocks - 1) * BLOCK_N  # keys in the last block: the only one that can be short
         if left < BLOCK_N:
-            # 0 * NaN is NaN: clear the values past the end. Every consumer writes the same bytes, so they
-            # need not wait for one another. Here, before anything else is in registers.
-            wait_for(v_full, done, 0, STAGES)
-            v = v_ring.index(done % STAGES)
-            v_ok = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, V_ROWWISE)) < left
-            v.store(gl.where(v_ok[:, None], v.load(V_ROWWISE), 0.0).to(DTYPE))
-            fence_async_shared()
-            barrier()
+            # 0 * NaN is NaN: the first consumer clears the values past the end. Here, before anything else is
+            # in registers. It must not clear again before the second has seen it.
+            if WHICH == 0:
+                if CONSUMERS == 2:
+                    mbarrier.wait(seen.index(0), (short & 1) ^ 1)
+                wait_for(v_full, done, 0, STAGES)
+                v = v_ring.index(done % STAGES)
+                v_ok = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, V_ROWWISE)) < left
+                v.store(gl.where(v_ok[:, None], v.load(V_ROWWISE), 0.0).to(DTYPE))
+                fence_async_shared()
+                barrier()
+                if CONSUMERS == 2:
+                    mbarrier.arrive(cleared.index(0), count=1)
+            else:
+                mbarrier.wait(cleared.index(0), short & 1)
+                mbarrier.arrive(seen.index(0), count=1)
+            short += 1
 
         tok_begin = gl.load(columns + 5)
         num_tok = gl.load(columns + 6)
@@ -177,21 +192,24 @@ def consume(tensors, rings, work, strides, WHICH: gl.constexpr, SIZES: gl.conste
 
 @gluon.jit
 def attend_prefix(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
+    q_ptr, k_desc, k_desc_1, k_desc_2, k_desc_3, v_desc, v_desc_1, v_desc_2, v_desc_3,
+    out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
     items_ptr, q_token_ptr, kv_lens_ptr,
-    num_tasks, num_items, q_len, k_slot_rows, v_slot_rows, scale_log2,
+    num_tasks, num_items, q_len, levels, k_slot_rows, v_slot_rows, scale_log2,
     stride_qb, stride_qt, stride_qh,
     GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     Q_SHARED: gl.constexpr, GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr,
     FINAL: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, PDL: gl.constexpr,
+    NUM_LEVELS: gl.constexpr,
 ):  # fmt: skip
-    """Attend items of one level of KV: task t is item t % num_items for KV head t // num_items.
+    """Attend items: task t is item t % num_items for KV head t // num_items.
 
-    Program i takes tasks i, i + num_programs, ... `k_desc` and `v_desc` describe the level's tensors as [keys
-    of all slots, num_kv_heads * head_dim] in blocks of [BLOCK_N, head_dim]; slot s begins at key s *
-    k_slot_rows, v_slot_rows. A TMA block never reads outside the tensor, but it may read past the segment's
-    end. `scale_log2` must be positive. Everything else is as in kernels/attend.py.
+    Program i takes tasks i, i + num_programs, ... The items lie in NUM_LEVELS levels of KV, whose numbers are
+    `levels`. The descriptors describe each level's tensors, in the same order, as [keys of all slots,
+    num_kv_heads * head_dim] in blocks of [BLOCK_N, head_dim]; those after the last are None. Slot s begins at
+    key s * k_slot_rows, v_slot_rows of its level. A TMA block never reads outside the tensor, but it may read
+    past the segment's end. `scale_log2` must be positive. Everything else is as in kernels/attend.py.
     """
     if PDL:
         # The next launch may take what room this one leaves, as soon as all of this one is placed.
@@ -208,6 +226,10 @@ def attend_prefix(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIERS)
+    cleared = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIERS)
+    seen = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIERS)
+    mbarrier.init(cleared.index(0), count=1)
+    mbarrier.init(seen.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -216,17 +238,20 @@ def attend_prefix(
     fence_async_shared()
     rings = (k_ring, v_ring, k_full, k_empty, v_full, v_empty)
     tensors = (q_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr, q_ring)
+    handover = (cleared, seen)
     work = (items_ptr, q_token_ptr, kv_lens_ptr, num_tasks, num_items, q_len, scale_log2)
     strides = (stride_qb, stride_qt, stride_qh)
-    descs = (k_desc, v_desc, k_slot_rows, v_slot_rows)
-    SIZES: gl.constexpr = (GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES)
+    k_descs = (k_desc, k_desc_1, k_desc_2, k_desc_3)
+    v_descs = (v_desc, v_desc_1, v_desc_2, v_desc_3)
+    descs = (k_descs, v_descs, levels, k_slot_rows, v_slot_rows)
+    SIZES: gl.constexpr = (GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, CONSUMERS)
     FLAGS: gl.constexpr = (Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (tensors, rings, work, strides, 0, SIZES, FLAGS)),
-                (consume, (tensors, rings, work, strides, 1, SIZES, FLAGS)),
-                (produce, (descs, rings, work, SIZES, HAS_LENS)),
+                (consume, (tensors, rings, handover, work, strides, 0, SIZES, FLAGS)),
+                (consume, (tensors, rings, handover, work, strides, 1, SIZES, FLAGS)),
+                (produce, (descs, rings, work, SIZES, NUM_LEVELS, HAS_LENS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -234,8 +259,8 @@ def attend_prefix(
     else:
         gl.warp_specialize(
             [
-                (consume, (tensors, rings, work, strides, 0, SIZES, FLAGS)),
-                (produce, (descs, rings, work, SIZES, HAS_LENS)),
+                (consume, (tensors, rings, handover, work, strides, 0, SIZES, FLAGS)),
+                (produce, (descs, rings, work, SIZES, NUM_LEVELS, HAS_LENS)),
             ],
             [1],
             [PRODUCER_REGISTERS],
