@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
     {"kernels"},
     {"tree"},
     {"radix", "tree_changes", "tree_levels", "tree_text"},
-    {"forest", "tree_checks"},
+    {"forest", "ragged", "tree_checks"},
     {"handles", "host_ints", "types", "target"},
 ]
 

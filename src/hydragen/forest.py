@@ -29,7 +29,7 @@ def path_sums(parents: IntArray, values: IntArray) -> IntArray:
     int64 [num_nodes]
     """
     sums = np.append(values, 0)
-    for ancestor in _ancestors(parents):
+    for ancestor in ancestors(parents):
         sums += sums[ancestor]
     return sums[:-1]
 
@@ -47,7 +47,7 @@ def reduce_subtrees(parents: IntArray, values: IntArray, reduce: np.ufunc) -> In
     int64 [num_nodes]
     """
     reduced = np.append(values, 0)  # the last entry collects what is above the roots, and is never read
-    for ancestor in _ancestors(parents):
+    for ancestor in ancestors(parents):
         reduce.at(reduced, ancestor[:-1], reduced[:-1].copy())
     return reduced[:-1]
 
@@ -112,7 +112,7 @@ def row_layout(parents: IntArray, row_to_node: IntArray) -> tuple[IntArray, IntA
     return order, begin[:num_nodes], end[:num_nodes]
 
 
-def _ancestors(parents: IntArray) -> Iterator[IntArray]:
+def ancestors(parents: IntArray) -> Iterator[IntArray]:
     """Yield every node's ancestor 1, 2, 4, 8, ... steps up, while any node has one.
 
     Node `num_nodes` stands above all roots and above itself; hence int64 [num_nodes + 1].

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.queries import Heads, Queries
+from hydragen.ragged import expand, longest_first, offsets, ranges
 from hydragen.runs import Runs
 from hydragen.tiles import Tile
 
@@ -92,16 +93,15 @@ def lay_out_work(
     With `may_be_final` there is no merge where every token has one partial.
     """
     num_splits = -(-segments.kv_len // segments.split_size)
-    split_of, split = _expand(num_splits)
+    split_of, split = expand(num_splits)
     begin = split * segments.split_size[split_of]
     end = np.minimum(begin + segments.split_size[split_of], segments.kv_len[split_of])
     tok_begin, num_tok = segments.tok_begin[split_of], segments.num_tok[split_of]
-    partials_before = np.append(0, np.cumsum(num_tok))
+    partials_before = offsets(num_tok)
     pieces = _pieces(segments, kv_lens, split_of, begin, end)
 
     num_tokens = queries.token.size
-    entry_of, within = _expand(num_tok)
-    token_of_partial = tok_begin[entry_of] + within
+    token_of_partial = ranges(tok_begin, num_tok)
     partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
     final = may_be_final and bool((partials_per_token == 1).all())
 
@@ -109,16 +109,17 @@ def lay_out_work(
     # room they leave.
     kind = segments.tile[split_of]
     launches = []
+    num_keys, num_pieces = pieces.num_keys, np.diff(pieces.indptr)
     for this in np.unique(kind)[::-1]:
         tile, chosen = tiles[this], np.flatnonzero(kind == this)
         # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay
         # together
-        chosen = chosen[np.argsort(-pieces.num_keys[chosen], kind="stable")]
+        chosen = chosen[longest_first(num_keys[chosen])]
         together = int(segments.heads[split_of[chosen[0]]])
         blocks = -(-num_tok[chosen] * heads.group_size * together // tile.block_m)
-        which, block = _expand(blocks)
+        which, block = expand(blocks)
         source = chosen[which]
-        count = np.diff(pieces.indptr)[source]
+        count = num_pieces[source]
         place, links = _links(pieces, nodes, chosen)
         first = pieces.columns(nodes, pieces.indptr[source])
         # where there is no second segment the first stands once more, unread
@@ -143,7 +144,7 @@ def lay_out_work(
         empty = np.zeros(0, np.int32)
         return Work(segments, tiles, tuple(launches), True, 0, empty, empty)
     order = np.argsort(token_of_partial, kind="stable")
-    indptr = np.append(0, np.cumsum(partials_per_token))
+    indptr = offsets(partials_per_token)
     return Work(
         segments,
         tiles,
@@ -153,13 +154,6 @@ def lay_out_work(
         indptr.astype(np.int32),
         order.astype(np.int32),
     )
-
-
-def _expand(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Return (i, j) for i over `counts` and j over range(counts[i]), as two flat arrays."""
-    owner = np.repeat(np.arange(counts.size), counts)
-    first = np.cumsum(counts) - counts
-    return owner, np.arange(owner.size) - first[owner]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +171,8 @@ class _Pieces:
     @property
     def num_keys(self) -> IntArray:
         """Keys of each split."""
-        before = np.append(0, np.cumsum(self.end - self.begin))
-        return np.diff(before[self.indptr])
+        keys = self.end - self.begin
+        return keys if keys.size == self.indptr.size - 1 else np.add.reduceat(keys, self.indptr[:-1])
 
     def columns(self, nodes: NodeKV, which: IntArray) -> list[IntArray]:
         """LINK_COLUMNS of some pieces."""
@@ -192,24 +186,23 @@ def _pieces(
     """Cut the runs: split s covers keys [begin[s], end[s]) of run split_of[s]."""
     if segments.links.size == segments.node.size:  # no run has several nodes
         return _Pieces(segments.links[split_of], begin, end, np.arange(split_of.size + 1))
-    lens = kv_lens[segments.links]
-    several = np.repeat(np.diff(segments.indptr) > 1, np.diff(segments.indptr))
-    step = segments.step
-    before = np.cumsum(np.where(several, -(-lens // step) * step, lens))
-    starts = np.append(0, before[:-1])
-    starts -= np.repeat(starts[segments.indptr[:-1]], np.diff(segments.indptr))
-    of, within = _expand(np.diff(segments.indptr)[split_of])
-    link = segments.indptr[split_of[of]] + within
-    low = np.maximum(begin[of] - starts[link], 0)
-    high = np.minimum(end[of] - starts[link], lens[link])
-    there = low < high
-    counts = np.bincount(of[there], minlength=split_of.size)
-    return _Pieces(segments.links[link[there]], low[there], high[there], np.append(0, np.cumsum(counts)))
+    lens, in_run = kv_lens[segments.links], np.diff(segments.indptr)
+    padded = np.where(np.repeat(in_run > 1, in_run), -(-lens // segments.step) * segments.step, lens)
+    # In keys of all runs, end to end: a split goes from the node in which it begins to the one in which it
+    # ends. It begins at a multiple of the step, so it has keys in the first.
+    starts = offsets(padded)
+    before = starts[segments.indptr[split_of]]
+    first = np.searchsorted(starts, before + begin, side="right") - 1
+    counts = np.searchsorted(starts, before + end) - first
+    link, of = ranges(first, counts), np.repeat(np.arange(split_of.size), counts)
+    since = starts[link] - before[of]
+    low, high = np.maximum(begin[of] - since, 0), np.minimum(end[of] - since, lens[link])
+    return _Pieces(segments.links[link], low, high, offsets(counts))
 
 
 def _links(pieces: _Pieces, nodes: NodeKV, chosen: IntArray) -> tuple[IntArray, NDArray[np.int32]]:
     """Return where the pieces of the splits `chosen` go on in a table, from the third on, and that table."""
     further = np.maximum(np.diff(pieces.indptr)[chosen] - 2, 0)
-    of, within = _expand(further)
-    table = np.stack(pieces.columns(nodes, pieces.indptr[chosen[of]] + 2 + within), axis=1)
+    which = ranges(pieces.indptr[chosen] + 2, further)
+    table = np.stack(pieces.columns(nodes, which), axis=1)
     return np.cumsum(further) - further, table.astype(np.int32)

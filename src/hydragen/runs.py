@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hydragen.forest import ancestors
 from hydragen.host_ints import IntArray
 from hydragen.queries import Queries
+from hydragen.ragged import offsets
 from hydragen.tree import PrefixTree
 
 
@@ -66,7 +68,7 @@ def find_runs(
     node = np.flatnonzero(~apart & (num_tok > 0))
     begin, end = queries.begin[node], queries.end[node]
     last = tree.row_to_node[queries.row]
-    first = np.flatnonzero(np.diff(last, prepend=-1) != 0)
+    first = np.append(0, np.flatnonzero(last[1:] != last[:-1]) + 1)[: last.size]
     stretch = apart[last[first]]
     node = np.append(node, last[first][stretch])
     begin = np.append(begin, first[stretch])
@@ -74,26 +76,14 @@ def find_runs(
     order = np.argsort(node, kind="stable")
     node, begin, end = node[order], begin[order], end[order]
 
-    run, above = np.arange(node.size), node
-    runs, links = [run], [node]
-    while True:
-        parent = tree.parents[above]
-        keep = (parent >= 0) & apart[parent]
-        if not keep.any():
-            break
-        run, above = run[keep], parent[keep]
-        runs.append(run)
-        links.append(above)
-    of, link = np.concatenate(runs[::-1]), np.concatenate(links[::-1])
+    of, link = _chains(np.where((tree.parents >= 0) & apart[tree.parents], tree.parents, -1), node)
     there = kv_lens[link] > 0
     of, link = of[there], link[there]
-    by_run = np.argsort(of, kind="stable")
-    of, link = of[by_run], link[by_run]
     count = np.bincount(of, minlength=node.size)
     several = count[of] > 1
     lens = kv_lens[link]
-    before = np.append(0, np.cumsum(np.where(several, -(-lens // step) * step, lens)))
-    indptr = np.append(0, np.cumsum(count))
+    before = offsets(np.where(several, -(-lens // step) * step, lens))
+    indptr = offsets(count)
     kv_len = np.diff(before[indptr])
     kept = count > 0
     return Runs(
@@ -104,3 +94,21 @@ def find_runs(
         indptr[np.append(True, kept)],
         link,
     )
+
+
+def _chains(parents: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
+    """Return (i, node) for every node from a root of `parents` to ends[i], in this order, as two flat arrays.
+
+    By pointer doubling, as in forest.py: a chain may be thousands of nodes long.
+    """
+    place = np.append(parents >= 0, False).astype(np.int64)  # on its path, from 0 on
+    found, node = np.arange(ends.size), ends  # whose, and which
+    for ancestor in ancestors(parents):
+        place += place[ancestor]
+        further = ancestor[node]
+        there = further < parents.size
+        found, node = np.append(found, found[there]), np.append(node, further[there])
+    of, link = np.empty_like(node), np.empty_like(node)
+    at = offsets(place[ends] + 1)[found] + place[node]
+    of[at], link[at] = found, node
+    return of, link
