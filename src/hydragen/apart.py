@@ -36,10 +36,10 @@ def is_small(
     target : Target
     """
     last = tree.row_to_node[queries.row]
-    changes = np.flatnonzero(np.diff(last, prepend=-1, append=-1))
-    if changes.size < 2 or (changes.size - 1) * heads.num_kv_heads > _SMALL_PROGRAMS * target.num_sms:
+    changes = np.flatnonzero(last[1:] != last[:-1]) + 1
+    if not last.size or (changes.size + 1) * heads.num_kv_heads > _SMALL_PROGRAMS * target.num_sms:
         return False
-    if int(np.diff(changes).max()) * heads.group_size > tile.block_m:
+    if int(np.diff(changes, prepend=0, append=last.size).max()) * heads.group_size > tile.block_m:
         return False
     steps = path_sums(tree.parents, -(-kv_lens // tile.step))  # nodes that nobody attends to do not count
     return int(steps[last].max()) <= _SMALL_STEPS

@@ -203,6 +203,8 @@ def _pieces(
 def _links(pieces: _Pieces, nodes: NodeKV, chosen: IntArray) -> tuple[IntArray, NDArray[np.int32]]:
     """Return where the pieces of the splits `chosen` go on in a table, from the third on, and that table."""
     further = np.maximum(np.diff(pieces.indptr)[chosen] - 2, 0)
+    if not further.any():
+        return further, np.zeros((0, len(LINK_COLUMNS)), np.int32)
     which = ranges(pieces.indptr[chosen] + 2, further)
     table = np.stack(pieces.columns(nodes, which), axis=1)
     return np.cumsum(further) - further, table.astype(np.int32)

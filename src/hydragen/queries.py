@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydragen.host_ints import IntArray
+from hydragen.ragged import offsets
 from hydragen.tree import PrefixTree
 
 
@@ -59,9 +60,9 @@ class Queries:
         """Lay out the tokens of rows that begin at `q_starts` and have `q_lens` tokens (int64 [num_rows])."""
         order = tree.row_order
         lens = q_lens[order]
-        first = np.append(0, np.cumsum(lens))
-        row = np.repeat(order, lens)
-        within = np.arange(first[-1]) - np.repeat(first[:-1], lens)
+        first = offsets(lens)
+        row, index = np.repeat(order, lens), np.arange(first[-1])
+        within = index - np.repeat(first[:-1], lens)
         token = q_starts[row] + within
-        in_order = bool(np.array_equal(token, np.arange(token.size)))
+        in_order = bool((token == index).all())
         return cls(first[tree.row_begin], first[tree.row_end], token, row, within, q_lens, in_order)

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hydragen.prefix_tiles import PrefixTile
 from hydragen.target import Target
@@ -135,6 +136,7 @@ def few_tile(tiles: tuple[Tile, ...]) -> Tile:
     return next((tile for key, tile in _FEW_TILES.items() if _HALF_TILES[key] == tiles), tiles[0])
 
 
+@lru_cache
 def tiles_for(target: Target, head_dim: int, head_dim_v: int, itemsize: int) -> tuple[Tile, ...]:
     """Return the tiles to choose from, by rising block_m.
 

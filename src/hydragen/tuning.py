@@ -148,14 +148,13 @@ def heads_per_program(
         for h in (1, 2, 4, 8, 16)
         if h == 1 or (h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4)
     ]
-    blocks = [-(-num_tok * h * group_size // tile.block_m) for h in counts]
-    reads = [int((kv_lens * block).sum()) for block in blocks]
+    per_segment = -(-num_tok * (np.array(counts)[:, None] * group_size) // tile.block_m)
+    blocks, reads = per_segment.sum(1).tolist(), (per_segment * kv_lens).sum(1).tolist()
     best, best_time = 1, float("inf")
     good = [h for h, read in zip(counts, reads, strict=True) if read <= 1.05 * min(reads)]
     sparse = 2 * max(good) * group_size <= tile.block_m
     for h in (max(good), 1) if sparse else reversed(good):
-        block = blocks[counts.index(h)]
-        programs = int(block.sum()) * (num_kv_heads // h)
+        programs = blocks[counts.index(h)] * (num_kv_heads // h)
         size = reads[counts.index(h)] * num_kv_heads * bytes_per_key / max(programs, 1)
         time = stream_seconds(programs, size, tile, target, *beside)
         if time < 0.94 * best_time:
@@ -238,10 +237,8 @@ def split_size(
     few = beside == 0 and keys < 2 * target.num_sms * longest
     best, best_time = longest, float("inf")
     traffic = keys * bytes_per_key / target.bandwidth
-    counts = np.arange(1, 129)
-    sizes = np.ceil(longest / counts / tile.step).astype(np.int64) * tile.step
-    counts, sizes = (x[(counts == 1) | (sizes >= 4 * tile.step)] for x in (counts, sizes))
-    totals = (-(-kv_lens // sizes[:, None])) @ programs
+    counts, sizes = _split_sizes(longest, tile.step)
+    totals = _programs_of_splits(kv_lens, programs, sizes)
     for num_splits, size, total in zip(counts.tolist(), sizes.tolist(), totals.tolist(), strict=True):
         # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
         waves = -(-total // slots) if total < 8 * slots else total / slots
@@ -258,3 +255,21 @@ def split_size(
         if time < best_time * 0.97:
             best, best_time = size, time
     return -(-best // tile.step) * tile.step
+
+
+def _split_sizes(longest: int, step: int) -> tuple[IntArray, IntArray]:
+    """Return numbers of splits from 1 to 128 and their sizes, of at least four steps; of equal sizes the first."""
+    counts = np.arange(1, 129)
+    steps = np.ceil(longest / counts / step).astype(np.int64)
+    new = np.flatnonzero(np.append(True, (steps[1:] < steps[:-1]) & (steps[1:] >= 4)))
+    return counts[new], steps[new] * step
+
+
+def _programs_of_splits(kv_lens: IntArray, programs: IntArray, sizes: IntArray) -> IntArray:
+    """Return for each size the sum of ceil(kv_lens / size) * programs.
+
+    In float64, which is exact up to 2**52 and divides many times as fast; by einsum, which wakes no threads.
+    """
+    splits = np.divide(kv_lens, sizes[:, None])
+    np.ceil(splits, out=splits)
+    return np.einsum("ij,j->i", splits, programs.astype(np.float64)).astype(np.int64)

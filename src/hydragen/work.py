@@ -67,16 +67,17 @@ def find_segments(
         tiles, tile = specialise(tiles, tile, rows, np.asarray(flops / target.flops), traffic, sizes, target)
     size, together = np.ones_like(kv_len), np.ones_like(kv_len)
     occupied, beside = 0, 0  # by the launches so far, the largest tiles first
-    for index in np.unique(tile)[::-1]:
+    for index in np.flatnonzero(np.bincount(tile))[::-1].tolist():
         chosen = tile == index
+        tokens, keys, tile_rows = num_tok[chosen], kv_len[chosen], rows[chosen]
         if fixed_heads is not None:
             shared = fixed_heads[tiles[index]]
         elif batch_invariant:
             shared = 1  # how many rows share a tile is a matter of the others
         else:
             shared = heads_per_program(
-                num_tok[chosen],
-                kv_len[chosen],
+                tokens,
+                keys,
                 heads.group_size,
                 heads.num_kv_heads,
                 heads.itemsize,
@@ -86,9 +87,9 @@ def find_segments(
                 (min(occupied, target.num_sms), beside),
             )
         together[chosen] = shared
-        programs = -(-rows[chosen] * shared // tiles[index].block_m) * (heads.num_kv_heads // shared)
-        size[chosen] = split_size(
-            kv_len[chosen],
+        programs = -(-tile_rows * shared // tiles[index].block_m) * (heads.num_kv_heads // shared)
+        size[chosen] = most = split_size(
+            keys,
             programs,
             tiles[index],
             target,
@@ -96,13 +97,13 @@ def find_segments(
             flops_per_key=2.0 * tiles[index].block_m * dims,
             bytes_per_key=float(shared * dims * heads.itemsize),
             seconds_per_split=8.0
-            * int(num_tok[chosen].sum())
+            * int(tokens.sum())
             * heads.num_q_heads
             * heads.head_dim_v
             / target.bandwidth,
             beside=float(traffic[~chosen].sum()),
         )
-        occupied += int((programs * -(-kv_len[chosen] // size[chosen])).sum())
+        occupied += int((programs * -(-keys // most)).sum())
         beside = tiles[index].beside
     parts = (runs.node, kv_len, runs.tok_begin, num_tok, runs.indptr, runs.links)
     return Segments(*parts, tile, together, size, tiles[0].step), tiles
