@@ -120,7 +120,7 @@ def lay_out_work(
         which, block = expand(blocks)
         source = chosen[which]
         count = num_pieces[source]
-        place, links = _links(pieces, nodes, chosen)
+        place, links = _links(pieces, nodes, chosen, np.maximum(num_pieces[chosen] - 2, 0))
         first = pieces.columns(nodes, pieces.indptr[source])
         # where there is no second segment the first stands once more, unread
         several = count > 1
@@ -200,11 +200,12 @@ def _pieces(
     return _Pieces(segments.links[link], low, high, offsets(counts))
 
 
-def _links(pieces: _Pieces, nodes: NodeKV, chosen: IntArray) -> tuple[IntArray, NDArray[np.int32]]:
-    """Return where the pieces of the splits `chosen` go on in a table, from the third on, and that table."""
-    further = np.maximum(np.diff(pieces.indptr)[chosen] - 2, 0)
+def _links(
+    pieces: _Pieces, nodes: NodeKV, chosen: IntArray, further: IntArray
+) -> tuple[IntArray, NDArray[np.int32]]:
+    """Return where the `further` pieces of the splits `chosen`, from the third on, go in a table, and it."""
     if not further.any():
         return further, np.zeros((0, len(LINK_COLUMNS)), np.int32)
+    place = np.cumsum(further) - further
     which = ranges(pieces.indptr[chosen] + 2, further)
-    table = np.stack(pieces.columns(nodes, which), axis=1)
-    return np.cumsum(further) - further, table.astype(np.int32)
+    return place, np.stack(pieces.columns(nodes, which), axis=1).astype(np.int32)

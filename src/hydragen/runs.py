@@ -107,7 +107,7 @@ def _chains(parents: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
         place += place[ancestor]
         further = ancestor[node]
         there = further < parents.size
-        found, node = np.append(found, found[there]), np.append(node, further[there])
+        found, node = np.concatenate([found, found[there]]), np.concatenate([node, further[there]])
     of, link = np.empty_like(node), np.empty_like(node)
     at = offsets(place[ends] + 1)[found] + place[node]
     of[at], link[at] = found, node

@@ -230,6 +230,8 @@ def split_size(
     if batch_invariant:
         return INVARIANT_SPLIT
     longest = int(kv_lens.max())
+    if longest <= 6 * tile.step:  # two splits would have less than four steps
+        return -(-longest // tile.step) * tile.step
     slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
     compute = flops_per_key * slots / (_COMPUTE_EFFICIENCY * target.flops)  # seconds per key of a busy device
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
@@ -239,7 +241,7 @@ def split_size(
     traffic = keys * bytes_per_key / target.bandwidth
     counts, sizes = _split_sizes(longest, tile.step)
     totals = _programs_of_splits(kv_lens, programs, sizes)
-    for num_splits, size, total in zip(counts.tolist(), sizes.tolist(), totals.tolist(), strict=True):
+    for num_splits, size, total in zip(counts.tolist(), sizes.tolist(), totals, strict=True):
         # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
         waves = -(-total // slots) if total < 8 * slots else total / slots
         if tile.block_m > 16:
@@ -258,18 +260,19 @@ def split_size(
 
 
 def _split_sizes(longest: int, step: int) -> tuple[IntArray, IntArray]:
-    """Return numbers of splits from 1 to 128 and their sizes, of at least four steps; of equal sizes the first."""
-    counts = np.arange(1, 129)
-    steps = np.ceil(longest / counts / step).astype(np.int64)
-    new = np.flatnonzero(np.append(True, (steps[1:] < steps[:-1]) & (steps[1:] >= 4)))
+    """Return numbers of splits, 1 to 128, and their sizes, four steps and more; of equal sizes the first."""
+    counts = np.arange(1, min(-(-longest // (3 * step)), 129))
+    steps = -(-longest // (counts * step))
+    new = np.flatnonzero(np.append(True, steps[1:] < steps[:-1]))
     return counts[new], steps[new] * step
 
 
-def _programs_of_splits(kv_lens: IntArray, programs: IntArray, sizes: IntArray) -> IntArray:
+def _programs_of_splits(kv_lens: IntArray, programs: IntArray, sizes: IntArray) -> list[int]:
     """Return for each size the sum of ceil(kv_lens / size) * programs.
 
     In float64, which is exact up to 2**52 and divides many times as fast; by einsum, which wakes no threads.
     """
     splits = np.divide(kv_lens, sizes[:, None])
     np.ceil(splits, out=splits)
-    return np.einsum("ij,j->i", splits, programs.astype(np.float64)).astype(np.int64)
+    totals = np.einsum("ij,j->i", splits, programs.astype(np.float64))
+    return [int(total) for total in totals.tolist()]
