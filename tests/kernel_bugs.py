@@ -96,7 +96,7 @@ BUGS = {
     "rows in tree order": (QUERIES, "token = q_starts[row] + within", "token = np.arange(first[-1])"),
     "second block of rows is the first": (
         LAYOUT,
-        '"row_begin": block * tile.block_m',
+        '"row_begin": block * block_m[source]',
         '"row_begin": block * 0',
     ),
     "second segment of a run left out": (SEGMENT, "(0, num_segments,", "(0, num_segments - 1,"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydragen.ragged import expand, longest_first, offsets, ranges
+from hydragen.ragged import expand, descending, offsets, ranges
 
 COUNTS = st.lists(st.integers(0, 5), max_size=8)
 
@@ -23,11 +23,11 @@ def test_each_in_turn(numbers: list[int], data: st.DataObject) -> None:
     assert all(x.dtype == np.int64 for x in (offsets(counts), owner, within))
 
 
-@pytest.mark.parametrize("longest", [5, 2**16 - 1, 2**16, 2**16 + 1, 2**40], ids=str)
-def test_the_longest_first_and_equals_in_turn(longest: int) -> None:
-    """Also where a difference of lengths does not fit the 16 bits that are sorted."""
+@pytest.mark.parametrize("largest", [5, 2**16 - 1, 2**16, 2**16 + 1, 2**40], ids=str)
+def test_the_descending_and_equals_in_turn(largest: int) -> None:
+    """Also where a difference does not fit the 16 bits that are sorted."""
     rng = np.random.default_rng(0)
-    lens = rng.choice([0, 1, 3, longest // 2, longest - 1, longest], 200)
-    order = longest_first(lens).tolist()
-    assert order == sorted(range(200), key=lambda i: -int(lens[i]))
-    assert longest_first(lens[:0]).tolist() == []
+    values = rng.choice([0, 1, 3, largest // 2, largest - 1, largest], 200)
+    order = descending(values).tolist()
+    assert order == sorted(range(200), key=lambda i: -int(values[i]))
+    assert descending(values[:0]).tolist() == []

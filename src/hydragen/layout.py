@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.queries import Heads, Queries
-from hydragen.ragged import expand, longest_first, offsets, ranges
+from hydragen.ragged import descending, expand, offsets, ranges
 from hydragen.runs import Runs
 from hydragen.tiles import Tile
 
@@ -106,39 +107,44 @@ def lay_out_work(
     final = may_be_final and bool((partials_per_token == 1).all())
 
     # One launch per kind of tile. The largest first: they are bound by compute, and what follows fills the
-    # room they leave.
-    kind = segments.tile[split_of]
+    # room they leave. Of each the longest items first, so that the hardware scheduler balances the end; equal
+    # ones stay neighbours.
+    tile_of, together = segments.tile[split_of], segments.heads[split_of]
+    order = descending(pieces.num_keys)
+    order = order[descending(tile_of[order])]
+    block_m = np.array([tile.block_m for tile in tiles])[tile_of]
+    blocks = -(-num_tok * heads.group_size * together // block_m)[order]
+    which, block = expand(blocks)
+    source = order[which]
+    num_pieces = np.diff(pieces.indptr)
+    count = num_pieces[source]
+    first = pieces.columns(nodes, pieces.indptr[source])
+    # where there is no second segment the first stands once more, unread
+    several = count > 1
+    second = pieces.columns(nodes, pieces.indptr[source] + several) if several.any() else first
+    further = offsets(np.maximum(num_pieces[order] - 2, 0))
+    columns = {
+        **dict(zip(LINK_COLUMNS, first, strict=True)),
+        "tok_begin": tok_begin[source],
+        "num_tok": num_tok[source],
+        "row_begin": block * block_m[source],
+        "dest": partials_before[source],
+        "num_segments": count,
+        "link_begin": further[which],
+        **dict(zip(ITEM_COLUMNS[-len(LINK_COLUMNS) :], second, strict=True)),
+    }
+    table = np.empty((source.size, len(ITEM_COLUMNS)), np.int32)
+    for index, name in enumerate(ITEM_COLUMNS):
+        table[:, index] = columns[name]
+    links = _links(pieces, nodes, order, further)
     launches = []
-    num_keys, num_pieces = pieces.num_keys, np.diff(pieces.indptr)
-    for this in np.unique(kind)[::-1]:
-        tile, chosen = tiles[this], np.flatnonzero(kind == this)
-        # longest first, so that the hardware scheduler balances the end; stable, so that neighbours stay
-        # together
-        chosen = chosen[longest_first(num_keys[chosen])]
-        together = int(segments.heads[split_of[chosen[0]]])
-        blocks = -(-num_tok[chosen] * heads.group_size * together // tile.block_m)
-        which, block = expand(blocks)
-        source = chosen[which]
-        count = num_pieces[source]
-        place, links = _links(pieces, nodes, chosen, np.maximum(num_pieces[chosen] - 2, 0))
-        first = pieces.columns(nodes, pieces.indptr[source])
-        # where there is no second segment the first stands once more, unread
-        several = count > 1
-        second = pieces.columns(nodes, pieces.indptr[source] + several) if several.any() else first
-        columns = {
-            **dict(zip(LINK_COLUMNS, first, strict=True)),
-            "tok_begin": tok_begin[source],
-            "num_tok": num_tok[source],
-            "row_begin": block * tile.block_m,
-            "dest": partials_before[source],
-            "num_segments": count,
-            "link_begin": place[which],
-            **dict(zip(ITEM_COLUMNS[-len(LINK_COLUMNS) :], second, strict=True)),
-        }
-        table = np.empty((source.size, len(ITEM_COLUMNS)), np.int32)
-        for index, name in enumerate(ITEM_COLUMNS):
-            table[:, index] = columns[name]
-        launches.append(Launch(tile, together, table, links))
+    changes = np.flatnonzero(np.diff(tile_of[order], prepend=-1)).tolist()
+    items_before = offsets(blocks)
+    for begins, ends in pairwise([*changes, order.size]):
+        items = table[items_before[begins] : items_before[ends]]
+        items[:, ITEM_COLUMNS.index("link_begin")] -= further[begins]
+        of_tile = tiles[tile_of[order[begins]]], int(together[order[begins]])
+        launches.append(Launch(*of_tile, items, links[further[begins] : further[ends]]))
 
     if final:
         empty = np.zeros(0, np.int32)
@@ -200,12 +206,9 @@ def _pieces(
     return _Pieces(segments.links[link], low, high, offsets(counts))
 
 
-def _links(
-    pieces: _Pieces, nodes: NodeKV, chosen: IntArray, further: IntArray
-) -> tuple[IntArray, NDArray[np.int32]]:
-    """Return where the `further` pieces of the splits `chosen`, from the third on, go in a table, and it."""
-    if not further.any():
-        return further, np.zeros((0, len(LINK_COLUMNS)), np.int32)
-    place = np.cumsum(further) - further
-    which = ranges(pieces.indptr[chosen] + 2, further)
-    return place, np.stack(pieces.columns(nodes, which), axis=1).astype(np.int32)
+def _links(pieces: _Pieces, nodes: NodeKV, order: IntArray, before: IntArray) -> NDArray[np.int32]:
+    """Return the table of the pieces of the splits `order`, from the third of each on: before[-1] rows."""
+    if not before[-1]:
+        return np.zeros((0, len(LINK_COLUMNS)), np.int32)
+    which = ranges(pieces.indptr[order] + 2, np.diff(before))
+    return np.stack(pieces.columns(nodes, which), axis=1).astype(np.int32)

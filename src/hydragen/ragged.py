@@ -27,11 +27,11 @@ def ranges(begin: IntArray, counts: IntArray) -> IntArray:
     return shift + np.arange(shift.size)
 
 
-def longest_first(lens: IntArray) -> IntArray:
-    """Return the order from the longest to the shortest; equals keep theirs.
+def descending(values: IntArray) -> IntArray:
+    """Return the order from the largest to the smallest; equals keep theirs.
 
-    Lengths that differ by less than 2**16, as most do, are sorted by radix, several times as fast.
+    Values that differ by less than 2**16, as most do, are sorted by radix, several times as fast.
     """
-    shorter = lens.max(initial=0) - lens
-    narrow = shorter.max(initial=0) < 1 << 16
-    return np.argsort(shorter.astype(np.uint16) if narrow else shorter, kind="stable")
+    below = values.max(initial=0) - values
+    narrow = below.max(initial=0) < 1 << 16
+    return np.argsort(below.astype(np.uint16) if narrow else below, kind="stable")
