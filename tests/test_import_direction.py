@@ -41,7 +41,7 @@ FLOORS: list[set[str]] = [
     {"tree"},
     {"radix", "tree_changes", "tree_levels", "tree_text"},
     {"forest", "ragged", "tree_checks"},
-    {"handles", "host_ints", "types", "target"},
+    {"handles", "host_ints", "types", "target", "transforms"},
 ]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hydragen_reference.segment import attend
+from hydragen_reference.segment import attend, in_transform
 from hydragen_reference.state import State, merge_states
 
 __all__ = ["Block", "State", "attend", "merge_states", "tree_attention"]
@@ -142,9 +142,10 @@ def tree_attention(
             block_pos = None if q_pos_and_spare is None else q_pos_and_spare[tokens]
             state = attend_block(block, q_and_spare[tokens], block_pos)
             state = merge_states([State(out[tokens], lse[tokens]), state])
-            # In place: `out` and `lse` are fresh, and autograd has saved neither.
-            out.index_put_((tokens,), state.out)
-            lse.index_put_((tokens,), state.lse)
+            # In place, since `out` and `lse` are fresh and autograd has saved neither. But torch.vmap puts
+            # nothing that it has batched into what it has not.
+            put = Tensor.index_put if in_transform() else Tensor.index_put_
+            out, lse = put(out, (tokens,), state.out), put(lse, (tokens,), state.lse)
             out[-1], lse[-1] = 0.0, -torch.inf
         state = State(out[:-1], lse[:-1])
 

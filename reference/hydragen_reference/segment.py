@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hydragen_reference.state import State
 
@@ -45,7 +46,8 @@ def attend(
     with the number of sequences or the length of segments. A tile of scores, keys or values has at most
     `max(CPU_TILE, num_kv_heads * KEYS_PER_CHUNK * max(MIN_QUERY_ROWS, group_size, head_dim, head_dim_v))`
     elements on a CPU, where `CPU_TILE` is 2 MiB of float32. The backward pass computes tiles again, holding
-    the scores of one tile's queries over all keys.
+    the scores of one tile's queries over all keys. Function transforms (torch.func, forward-mode derivatives)
+    go through plain operations instead, whose scores are kept.
 
     A key past `kv_lens` may hold anything. One that `causal` or `window` hides must hold numbers: as in dense
     attention, its weight of 0 times a NaN is NaN.
@@ -97,6 +99,7 @@ def attend(
     accumulation_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scaled_q = q.to(accumulation_dtype) * (head_dim**-0.5 if scale is None else scale)
     needs_grad = torch.is_grad_enabled() and kv_len > 0 and any(x.requires_grad for x in (q, k, v))
+    recompute = needs_grad and not in_transform()
 
     def attend_tile(segments: slice, tokens: slice) -> State:
         tile = (
@@ -111,7 +114,7 @@ def attend(
             softcap,
         )
         with _no_autocast(q):
-            if needs_grad:
+            if recompute:
                 return State(*_RecomputedTile.apply(*tile))  # type: ignore[no-untyped-call]  # PyTorch's
             return _attend_tile(*tile)
 
@@ -147,8 +150,8 @@ def _attend_tile(
     q_rows = q_rows.transpose(1, 2).reshape(num_matrices, num_rows, head_dim)
 
     limits = torch.finfo(q.dtype)
-    acc = q.new_zeros(num_matrices, num_rows, head_dim_v)
     running_sum = q.new_zeros(num_matrices, num_rows, 1)
+    acc = running_sum.expand(-1, -1, head_dim_v)
     running_max = torch.full_like(running_sum, limits.min)  # finite: a score of -inf less this is no NaN
     for start in range(0, kv_len, KEYS_PER_CHUNK):
         stop = min(start + KEYS_PER_CHUNK, kv_len)
@@ -167,9 +170,12 @@ def _attend_tile(
         chunk_max = scores.detach().amax(-1, keepdim=True).clamp(max=limits.max)
         new_max = torch.maximum(running_max, chunk_max)
         weights = _exp_(scores.sub_(new_max))  # in place: fresh memory would take as long as the arithmetic
-        rescale = _exp_(running_max - new_max)
-        running_sum.mul_(rescale).add_(weights.sum(-1, keepdim=True))
-        acc.mul_(rescale).baddbmm_(weights, v_chunk)
+        if start == 0:  # not into the zeros, which torch.vmap does not batch where it batches keys alone
+            running_sum, acc = weights.sum(-1, keepdim=True), torch.bmm(weights, v_chunk)
+        else:
+            rescale = _exp_(running_max - new_max)
+            running_sum.mul_(rescale).add_(weights.sum(-1, keepdim=True))
+            acc = torch.baddbmm(acc.mul_(rescale), weights, v_chunk)  # in place torch.vmap has no rule for it
         running_max = new_max
         del scores, weights  # so that the next chunk gets the same memory
 
@@ -228,6 +234,11 @@ class _RecomputedTile(torch.autograd.Function):
             state = _attend_tile(*inputs, *positions, *ctx.options)
             grads = torch.autograd.grad(state, inputs, grad_state, create_graph=create_graph)
         return *grads, *[None] * (len(positions) + len(ctx.options))
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode derivatives look on; torch has no public name for either."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # noqa: SLF001
 
 
 def _no_autocast(q: Tensor) -> AbstractContextManager[None]:

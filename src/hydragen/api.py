@@ -17,6 +17,7 @@ from hydragen.lengths import check_kv_lens
 from hydragen.ops import attention_in_graph, implement
 from hydragen.planned import Plan
 from hydragen.target import target_of
+from hydragen.transforms import check_no_transform, wraps_memory
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_attention, check_backend, check_bool
@@ -198,6 +199,7 @@ def plan(
     check_backend(backend)
     check_bool(batch_invariant, "batch_invariant")
     check_bool(validate, "validate")
+    check_no_transform("hydragen.plan", "plan before, or call hydragen.attention, which plans by itself")
     room = check_reserve(reserve)
     planned = check_plan(tree, kv, num_q_heads, q_len, cu_seqlens_q, max_seqlen_q, total_q, validate)
     device = planned.like.device
@@ -234,7 +236,9 @@ def _attention(
 
 
 def _plan(call: Call, batch_invariant: bool) -> WorkPlan:
-    """Return the plan for a call's structure, made once."""
+    """Return the plan for a call's structure, made once; within a transform that wraps what the plan uploads,
+    one for this call alone.
+    """
     nodes, lens = call.nodes, call.kv_lens.planned
     lens_on_device = len(call.kv_lens.on_device) > 0
     key = (
@@ -250,7 +254,8 @@ def _plan(call: Call, batch_invariant: bool) -> WorkPlan:
         call.q.device,
         batch_invariant,
     )
-    plan = _PLANS.get(key)
+    wrapped = wraps_memory()
+    plan = None if wrapped else _PLANS.get(key)
     if plan is None:
         target = target_of(call.q.device)
         plan = make_work_plan(
@@ -264,6 +269,8 @@ def _plan(call: Call, batch_invariant: bool) -> WorkPlan:
             target,
             batch_invariant,
         )
+    if wrapped:
+        return plan
     with _LOCK:
         _PLANS[key] = plan
         _PLANS.move_to_end(key)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hydragen.merging import check_state, merge_states
+from hydragen.transforms import check_untransformed
 from hydragen.types import AttentionState
 
 # The name since torch 2.13, which warns of the former one.
@@ -63,6 +64,11 @@ def merge_over_ranks(
             "state must not require gradients, which do not pass between ranks, got requires_grad=True; "
             "call under torch.no_grad()"
         )
+    check_untransformed(
+        "merge_over_ranks",
+        "merge before differentiating, or exchange the states yourself and call merge_states",
+        [("state.out", out), ("state.lse", lse)],
+    )
     if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
         raise TypeError(
             f"out_dtype must be None or a floating-point torch.dtype, got {out_dtype!r}; None is that of out"

@@ -15,6 +15,7 @@ from hydragen.backends.uploads import Uploaded
 from hydragen.host_ints import IntArray
 from hydragen.lengths import KVLens, node_index
 from hydragen.slots import Growth, Slots, SlotTables
+from hydragen.transforms import lasting_memory
 from hydragen.validation.planned import Planned
 from hydragen.validation.update import check_new_places
 from hydragen.work import WorkPlan
@@ -106,7 +107,7 @@ class PlanState:
         """Return where query tokens and keys are."""
         found = self._tokens.get(masked)
         if found is None:
-            with torch.inference_mode(False):
+            with lasting_memory():
                 found = self._tokens[masked] = self._find(planned, work, masked)
         return found
 

@@ -18,6 +18,7 @@ from hydragen.ops import implement_run, run_in_graph
 from hydragen.plan_state import PlanState, lasting
 from hydragen.runner import Options, Runner
 from hydragen.target import target_of
+from hydragen.transforms import check_no_transform
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen.validation import check_bool
@@ -156,6 +157,7 @@ class Plan:
             If something does not fit the plan.
         """
         check_bool(validate, "validate")
+        check_no_transform("Plan.update", "update before")
         planned = self._planned
         # all checks first: an update that raises has changed nothing
         lens: KVLens | None = None

@@ -11,6 +11,7 @@ from hydragen.backends import Backend, Ready
 from hydragen.backends.tokens import needs_positions
 from hydragen.lengths import KVLens
 from hydragen.plan_state import PlanState
+from hydragen.transforms import in_transform
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_options
 from hydragen.validation.planned import Planned, check_run
@@ -64,7 +65,8 @@ class Runner:
         TypeError, ValueError
             As `Plan.run` says.
         """
-        again = _recognise(q, kv, planned.nodes.by_level, sinks, given)
+        # what a transform does to a tensor does not show in its shape, nor in any other part of a key
+        again = None if in_transform() else _recognise(q, kv, planned.nodes.by_level, sinks, given)
         if again is not None and (ready := self._ready.get(again.key)) is not None:
             return ready(q, again.k, again.v, sinks)
         q, nodes = check_run(planned, q, kv)

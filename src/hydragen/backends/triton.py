@@ -16,6 +16,7 @@ from hydragen.backends.launches import attend_launcher, merge_launcher
 from hydragen.backends.prefix import PrefixLauncher
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.backends.uploads import Uploaded
+from hydragen.transforms import check_untransformed
 from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
@@ -212,6 +213,20 @@ def _check_supported(call: Call) -> None:
                 'backend "triton" computes no gradients yet, but an input has requires_grad=True; '
                 'pass backend="reference", or call under torch.no_grad()'
             )
+    pages = call.nodes.pages
+    check_untransformed(
+        'backend "triton"',
+        'pass backend="reference"',
+        [
+            ("q", q),
+            *((f"k of kv[{i}]", k) for i, k in enumerate(call.nodes.k)),
+            *((f"v of kv[{i}]", v) for i, v in enumerate(call.nodes.v)),
+            ("sinks", options.sinks),
+            ("cu_seqlens_q", call.cu_seqlens_q),
+            ("page_indices", None if pages is None else pages.indices),
+            *(("kv_lens", lens) for _, lens in call.kv_lens.on_device),
+        ],
+    )
     if not math.isfinite(options.scale * LOG2_E):
         raise ValueError(f"scale must be finite in base 2, got {options.scale}; choose a smaller one")
 
