@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 import hydragen
 from hydragen.distributed import merge_over_ranks
@@ -86,6 +87,8 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
     out, lse = torch.zeros(2, 3, 4), torch.zeros(2, 3)
     with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
         merge_over_ranks((out, lse))
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=r"state\.lse has a tangent"):
+        merge_over_ranks((out, forward_ad.make_dual(lse, lse)))
     with pytest.raises(ValueError, match="state must not require gradients"):
         merge_over_ranks((out.requires_grad_(), lse))
     for wrong in (torch.int32, torch.bool, "x", float):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import hydragen
 from hydragen.handles import of_handle
@@ -86,6 +87,37 @@ def test_gradients_in_a_graph_are_refused_clearly(tensors: tuple[Tensor, ...]) -
     q, *kv = tensors
     with pytest.raises(Exception, match=r"no gradients inside torch\.compile.*torch\.compiler\.disable"):
         compiled(two_levels)(q.clone().requires_grad_(), *kv, torch.tensor([3, 10, 0, 7]))
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_transforms_in_a_graph_are_refused_clearly(tensors: tuple[Tensor, ...], planned: bool) -> None:
+    """torch would drop an operator's tangents: a derivative of 0."""
+    q, pk, pv, sk, sv = tensors
+    kv = [(pk, pv), (sk, sv)]
+    tree = hydragen.PrefixTree.from_levels([[PREFIX], [SUFFIX] * BATCH])
+    plan = hydragen.plan(tree, kv, num_q_heads=8, backend="reference")
+
+    def attend(q: Tensor) -> Tensor:
+        return plan.run(q, kv) if planned else hydragen.attention(q, kv, backend="reference")
+
+    def tangent(q: Tensor) -> Tensor:
+        return torch.func.jvp(attend, (q,), (q,))[1]
+
+    def mapped(q: Tensor) -> Tensor:
+        return torch.vmap(attend)(q[None])
+
+    with pytest.raises(Exception, match=r"no forward-mode derivatives inside torch\.compile.*leave it out"):
+        compiled(tangent)(q)
+    with pytest.raises(
+        Exception, match=r"cannot be mapped by torch\.vmap inside torch\.compile.*leave it out"
+    ):
+        compiled(mapped)(q)
+    graph = compiled(attend)
+    expected = graph(q)
+    with forward_ad.dual_level(), pytest.raises(Exception, match="no forward-mode derivatives inside"):
+        graph(forward_ad.make_dual(q, q))
+    assert torch.equal(graph(q), expected)
+    torch.compiler.disable(tangent)(q)
 
 
 def test_a_tree_is_found_by_its_handle_while_it_lives() -> None:

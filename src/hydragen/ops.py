@@ -14,8 +14,11 @@ from torch import Tensor
 
 from hydragen.handles import of_handle
 from hydragen.kv import KV, PackedKV, PagedKV
+from hydragen.transforms import in_transform
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
+
+_OUT_OF_GRAPH = "leave it out of the graph: torch.compiler.disable(hydragen.attention)(...)"
 
 # Set by api.py and planned.py: the eager implementations, which lie above this floor.
 _eager: Callable[..., AttentionState] | None = None
@@ -63,6 +66,7 @@ def attention_op(
 
     `offsets` holds cu_seqlens_k of each packed level, or of all nodes, or page_indptr.
     """
+    _refuse_tangents()
     if _eager is None:
         raise RuntimeError("hydragen.api must be imported before its operator is called")
     lens: object = None
@@ -80,7 +84,14 @@ def attention_op(
 
 @attention_op.register_fake
 def _(q: Tensor, _k: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-    return_lse, out_dtype = rest[-5:-3]
+    return _fake(q, v, *rest[-5:-3])
+
+
+def _fake(
+    q: Tensor, v: Sequence[Tensor], return_lse: bool, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return results without data."""
+    _refuse_tangents()
     out = q.new_empty((*q.shape[:-1], v[0].shape[-1]), dtype=out_dtype)
     return out, q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=_lse_dtype(q))
 
@@ -117,11 +128,28 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 def _backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "hydragen.attention has no gradients inside torch.compile or torch.export yet; call it under "
-        "torch.no_grad(), or leave it out of the graph: torch.compiler.disable(hydragen.attention)(...)"
+        f"torch.no_grad(), or {_OUT_OF_GRAPH}"
+    )
+
+
+def _refuse_tangents() -> None:
+    """Raise where forward-mode derivatives are taken: torch drops an operator's tangents without a word."""
+    if in_transform():
+        raise ValueError(
+            "hydragen.attention and Plan.run have no forward-mode derivatives inside torch.compile, got a "
+            f"call within torch.func.jvp, jacfwd or a dual level; {_OUT_OF_GRAPH}"
+        )
+
+
+def _mapped(*_: Any) -> Any:
+    raise ValueError(
+        "hydragen.attention and Plan.run cannot be mapped by torch.vmap inside torch.compile, got tensors "
+        f"batched by it; make the mapped dimension part of the batch, or {_OUT_OF_GRAPH}"
     )
 
 
 attention_op.register_autograd(_backward)
+attention_op.register_vmap(_mapped)
 
 
 def attention_in_graph(
@@ -184,6 +212,7 @@ def run_op(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """`Plan.run`, flattened, of the plan with this handle; lse is empty unless `return_lse`."""
+    _refuse_tangents()
     if _run_plan is None:
         raise RuntimeError("hydragen.planned must be imported before its operator is called")
     with torch.no_grad():
@@ -196,12 +225,11 @@ def run_op(
 
 @run_op.register_fake
 def _(_plan: int, q: Tensor, _k: Sequence[Tensor], v: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-    return_lse, out_dtype = rest[-2:]
-    out = q.new_empty((*q.shape[:-1], v[0].shape[-1]), dtype=out_dtype)
-    return out, q.new_empty(q.shape[:-1] if return_lse else (0,), dtype=_lse_dtype(q))
+    return _fake(q, v, *rest[-2:])
 
 
 run_op.register_autograd(_backward)
+run_op.register_vmap(_mapped)
 
 
 def run_in_graph(
