@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydragen.ragged import expand, descending, offsets, ranges
+from hydragen.ragged import descending, expand, offsets, ranges
 
 COUNTS = st.lists(st.integers(0, 5), max_size=8)
 
