@@ -13,9 +13,6 @@ from functools import lru_cache
 from hydragen.prefix_tiles import PrefixTile
 from hydragen.target import Target
 
-# Registers that pages cost the smallest tile.
-_REGISTERS_OF_PAGES = 24
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -36,7 +33,7 @@ class Tile:
     registers : int
         Most registers a thread may use in plain decoding. Said outright: left alone, ptxas takes more than it
         needs, or spills a little to fit more programs. On sm_90, 152 for the 128-row tile of 256 threads
-        leave room for two 16-row programs of 64 threads and 168 registers beside it, which is what makes
+        leave room for two 16-row programs of 64 threads and 192 registers beside it, which is what makes
         launches overlap.
     prefix : PrefixTile or None
         The specialised tile that serves the same rows where it can; this one serves the rest.
@@ -66,9 +63,7 @@ class Tile:
 
         Pages cost a few registers more, which only the smallest tile has to spare.
         """
-        if not plain or (paged and self.block_m > 16):
-            return 255
-        return min(self.registers + _REGISTERS_OF_PAGES * paged, 255)
+        return self.registers if plain and (self.block_m <= 16 or not paged) else 255
 
 
 # (architecture family, padded head dimension) -> tiles by rising block_m, for 2-byte types
@@ -79,7 +74,7 @@ _HALF_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 256): (Tile(16, 32, 8, 2, True), Tile(64, 32, 8, 2, True)),
     (90, 64): (Tile(16, 64, 4, 3, False, 3), Tile(64, 64, 4, 3, False, 2), Tile(128, 64, 8, 3)),
     (90, 128): (
-        Tile(16, 32, 2, 3, False, 5, registers=168),
+        Tile(16, 32, 2, 3, False, 5, registers=192),
         Tile(64, 64, 4, 3, False, 2),
         Tile(128, 64, 8, 3, registers=152),
     ),

@@ -17,38 +17,6 @@ ITEM_COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
-def write(
-    acc, running_max, running_sum, places, whose, row_ok, part_ok, SIZES: tl.constexpr, OUTPUT: tl.constexpr
-):  # fmt: skip
-    """Write the rows of a program: as outputs of `token`, or as partials of rows `part`."""
-    out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr = places
-    token, part, head, num_q_heads = whose
-    HEAD_DIM_V: tl.constexpr = SIZES[1]
-    FINAL: tl.constexpr = OUTPUT[0]
-    HAS_SINKS: tl.constexpr = OUTPUT[1]
-    HAS_LSE: tl.constexpr = OUTPUT[2]
-    INTERPRET: tl.constexpr = OUTPUT[3]
-    offs_dv = tl.arange(0, SIZES[4]).to(tl.int64)
-    if FINAL:
-        if HAS_SINKS:
-            sink = tl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(tl.float32)
-            acc, running_max, running_sum = fold_sink(acc, running_max, running_sum, sink)
-        out, lse = finish(acc, running_max, running_sum)
-        out_rows = token.to(tl.int64) * num_q_heads + head
-        rounded = round_to(out, out_ptr.dtype.element_ty, INTERPRET)
-        out_mask = row_ok[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
-        tl.store(out_ptr + out_rows[:, None] * HEAD_DIM_V + offs_dv[None, :], rounded, mask=out_mask)
-        if HAS_LSE:
-            tl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
-    else:
-        out, lse = finish(acc, running_max, running_sum)
-        part_rows = part.to(tl.int64) * num_q_heads + head
-        part_mask = part_ok[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
-        tl.store(part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :], out, mask=part_mask)
-        tl.store(part_lse_ptr + part_rows, lse, mask=part_ok)
-
-
-@triton.jit
 def attend(
     q_ptr, k_ptrs, v_ptrs, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
     items_ptr, links_ptr, q_token_ptr, q_pos_ptr, kv_start_ptr, kv_lens_ptr, pages_ptr,
@@ -123,6 +91,7 @@ def attend(
         token = tl.load(q_token_ptr + token, mask=row_ok, other=-1)
         row_ok = row_ok & (token >= 0)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)  # since strides * indices may pass 2**31
+    offs_dv = tl.arange(0, BLOCK_DV).to(tl.int64)
     q_rows = (
         (token // q_len).to(tl.int64) * stride_qb
         + (token % q_len).to(tl.int64) * stride_qt
@@ -144,36 +113,43 @@ def attend(
     options = (window, scale_log2, softcap)
     SIZES: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, HEADS, PAGE_SIZE)
     FLAGS: tl.constexpr = (CAUSAL, WINDOW, SOFTCAP, FOLD_SCALE, INTERPRET, DOUBLE)
-    OUTPUT: tl.constexpr = (FINAL, HAS_SINKS, HAS_LSE, INTERPRET)
     LAYOUT: tl.constexpr = (HAS_LENS, CONTIGUOUS, NUM_KV_HEADS, NUM_STAGES, LOOP_TAIL)
     acc, running_max, running_sum = attend_item(
         acc, running_max, running_sum, segment, further, rows_of, kv, strides, tables, options, -1,
         False, RUNS, SIZES, FLAGS, LAYOUT,
     )  # fmt: skip
 
-    places = (out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr)
-    whose = (token, dest + local, head, num_q_heads)
-    part_ok = local < num_tok
-    mixed = False
-    if HEADS > 1:  # looked for here: afterwards the result would be held for longer
-        mixed = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0
-    write(acc, running_max, running_sum, places, whose, row_ok, part_ok, SIZES, OUTPUT)
     if HEADS > 1:
         # A weight of 0 times another head's NaN or infinite value is NaN. Rare: then each head once more,
-        # alone, and written over the first result, which is done with by now: to hold both costs registers.
-        if mixed:
-            tl.debug_barrier()  # whichever thread wrote a place before, it has
+        # alone.
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
             for only_head in range(HEADS):
-                acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-                running_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-                running_sum = tl.zeros([BLOCK_M], tl.float32)
-                acc, running_max, running_sum = attend_item(
-                    acc, running_max, running_sum, segment, further, rows_of, kv, strides, tables, options,
+                own_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+                own_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+                own_sum = tl.zeros([BLOCK_M], tl.float32)
+                own_acc, own_max, own_sum = attend_item(
+                    own_acc, own_max, own_sum, segment, further, rows_of, kv, strides, tables, options,
                     only_head, True, RUNS, SIZES, FLAGS, LAYOUT,
                 )  # fmt: skip
-                own = row_kv_head == only_head
-                row_own, part_own = row_ok & own, part_ok & own
-                write(acc, running_max, running_sum, places, whose, row_own, part_own, SIZES, OUTPUT)
+                acc = tl.where((row_kv_head == only_head)[:, None], own_acc, acc)
+
+    if FINAL:
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(tl.float32)
+            acc, running_max, running_sum = fold_sink(acc, running_max, running_sum, sink)
+        out, lse = finish(acc, running_max, running_sum)
+        out_rows = token.to(tl.int64) * num_q_heads + head
+        rounded = round_to(out, out_ptr.dtype.element_ty, INTERPRET)
+        out_mask = row_ok[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
+        tl.store(out_ptr + out_rows[:, None] * HEAD_DIM_V + offs_dv[None, :], rounded, mask=out_mask)
+        if HAS_LSE:
+            tl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
+    else:
+        out, lse = finish(acc, running_max, running_sum)
+        part_rows = (dest + local).to(tl.int64) * num_q_heads + head
+        part_mask = (local < num_tok)[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
+        tl.store(part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :], out, mask=part_mask)
+        tl.store(part_lse_ptr + part_rows, lse, mask=local < num_tok)
     if PDL:
         # The merge waits for the launch before it only: so no launch may end before the one before it has.
         if tl.program_id(0) == tl.num_programs(0) - 1:
