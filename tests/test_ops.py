@@ -1,7 +1,9 @@
 """hydragen.attention inside torch.compile: a registered operator, one graph whatever the lengths."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +83,99 @@ def test_compiled_packed_tree_equals_eager(tensors: tuple[Tensor, ...]) -> None:
 
     lens = torch.tensor([PREFIX, 3, 10, 0, 7])
     assert torch.equal(compiled(attend)(q, lens), attend(q, lens))  # type: ignore[arg-type]
+
+
+Attend = Callable[[Tensor, object, object], object]
+
+
+def of_packed(q: Tensor, offsets: object, _indices: object) -> object:
+    k, v = POOL.flatten(1, 2)
+    return hydragen.attention(q, hydragen.PackedKV(k, v, offsets))  # type: ignore[arg-type]
+
+
+def of_levels(q: Tensor, offsets: object, _indices: object) -> object:
+    k, v = POOL.flatten(1, 2)
+    prefix = k[None, :7], v[None, :7]
+    return hydragen.attention(q, [prefix, hydragen.PackedKV(k, v, offsets)])  # type: ignore[arg-type]
+
+
+def of_pages(q: Tensor, offsets: object, indices: object) -> object:
+    return hydragen.attention(q, hydragen.PagedKV(*POOL, offsets, indices))  # type: ignore[arg-type]
+
+
+POOL = torch.randn(2, 6, 1, 2, 16, generator=torch.Generator().manual_seed(4))
+OFFSETS = ([0, 1, 3, 4, 6], [0, 3, 4, 5, 6], [0, 0, 0, 0, 6])
+INDICES = ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [5, 5, 3, 3, 1, 0])
+
+
+@pytest.mark.parametrize("attend", [of_packed, of_levels, of_pages])
+@pytest.mark.parametrize("give", [list, np.array, torch.tensor], ids=lambda give: give.__name__)
+def test_a_graph_follows_its_offsets(
+    attend: Attend, give: Callable[[list[int]], object], tensors: tuple[Tensor, ...]
+) -> None:
+    """Traced with some offsets and page numbers, called with others: never with those of before."""
+    torch.compiler.reset()
+    graph = torch.compile(attend, fullgraph=True, backend="aot_eager")  # what does not change is a constant
+    seen = []
+    for number in (0, 1, 2, 0):
+        offsets, indices = OFFSETS[number], INDICES[number]
+        expected = attend(tensors[0], give(offsets), give(indices))
+        assert isinstance(expected, Tensor)
+        assert torch.equal(graph(tensors[0], give(offsets), give(indices)), expected)  # type: ignore[arg-type]
+        seen.append(expected)
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("give", [list, np.array, torch.tensor], ids=lambda give: give.__name__)
+def test_offsets_changed_in_place_are_followed(
+    give: Callable[[list[int]], object], tensors: tuple[Tensor, ...]
+) -> None:
+    offsets: Any = give(OFFSETS[0])
+    k, v = POOL.flatten(1, 2)
+    kv = hydragen.PackedKV(k, v, offsets)
+
+    def attend(q: Tensor) -> object:
+        return hydragen.attention(q, kv)
+
+    graph = compiled(attend)
+    for changed in OFFSETS:
+        offsets[:] = give(changed)
+        assert torch.equal(graph(tensors[0]), attend(tensors[0]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("give", [list, torch.tensor], ids=lambda give: give.__name__)
+@pytest.mark.parametrize("layout", ["packed", "levels", "pages"])
+def test_a_plan_in_a_graph_refuses_other_tables_than_its_own(
+    layout: str, give: Callable[[list[int]], Any], tensors: tuple[Tensor, ...]
+) -> None:
+    """It would compute with its own, in silence, where the same call outside of the graph is refused."""
+    q, (k, v) = tensors[0], POOL.flatten(1, 2)
+
+    def kv_of(offsets: list[int], indices: list[int]) -> Any:
+        if layout == "pages":
+            return hydragen.PagedKV(*POOL, give(offsets), give(indices))
+        packed = hydragen.PackedKV(k, v, give(offsets))
+        return packed if layout == "packed" else [packed]
+
+    tree = hydragen.PrefixTree.from_parents([-1] * BATCH)
+    plan = hydragen.plan(tree, kv_of(OFFSETS[0], INDICES[0]), num_q_heads=8, backend="reference")
+
+    def attend(q: Tensor, kv: Any) -> object:
+        return plan.run(q, kv)
+
+    graph = compiled(attend)
+    own = {"packed": (k, v), "levels": [(k, v)], "pages": tuple(POOL)}[layout]
+    expected = attend(q, own)
+    for right in (own, kv_of(OFFSETS[0], INDICES[0])):
+        assert torch.equal(graph(q, right), expected)  # type: ignore[arg-type]
+    wrong = [kv_of(OFFSETS[1], INDICES[0]), [(k, v), (k, v)]]
+    if layout == "pages":
+        wrong.append(kv_of(OFFSETS[0], INDICES[2]))
+    for other in wrong:
+        for call in (attend, graph):
+            with pytest.raises(Exception, match=r"kv.* must (be|have)"):
+                call(q, other)
 
 
 def test_gradients_in_a_graph_are_refused_clearly(tensors: tuple[Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ tensor. Plans are made inside the operator, where a compiler does not look.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,13 +102,14 @@ def _unflattened(
     by_level: bool,
     offsets: Sequence[Tensor | None],
     page_indices: Tensor | None,
-) -> KV:
+) -> KV | tuple[Tensor, Tensor]:
+    """Return keys and values as they were given."""
     if by_level:
         levels = zip(k, v, offsets, strict=True)
         return [(ki, vi) if cu is None else PackedKV(ki, vi, cu) for ki, vi, cu in levels]
     (given,) = offsets
     if given is None:
-        raise ValueError("offsets must be given for packed and paged keys and values, got None")
+        return k[0], v[0]
     if page_indices is None:
         return PackedKV(k[0], v[0], given)
     return PagedKV(k[0], v[0], given, page_indices)
@@ -163,33 +164,16 @@ def attention_in_graph(
     """
     _check_flags(causal=causal, return_lse=return_lse, batch_invariant=batch_invariant, validate=validate)
     _check_numbers(scale=scale, window=window, softcap=softcap)
-    by_level = not isinstance(kv, (PackedKV, PagedKV))
-    if by_level and (not isinstance(kv, Sequence) or len(kv) == 0):
-        raise TypeError("kv must be a list of levels [(k, v), ...], a PackedKV or a PagedKV")
-    page_indices = _host_tensor(kv.page_indices) if isinstance(kv, PagedKV) else None
-    k: list[Tensor] = []
-    v: list[Tensor] = []
-    offsets: list[Tensor | None] = []
-    for part in [kv] if isinstance(kv, (PackedKV, PagedKV)) else kv:
-        if isinstance(part, PackedKV):
-            keys, values, offset = part.k, part.v, _host_tensor(part.cu_seqlens_k)
-        elif isinstance(part, PagedKV):
-            keys, values, offset = part.k_cache, part.v_cache, _host_tensor(part.page_indptr)
-        else:
-            if not isinstance(part, (tuple, list)) or len(part) != 2:
-                raise TypeError(f"kv must hold pairs (k, v), one per level, got {type(part).__name__}")
-            keys, values, offset = part[0], part[1], None
-        k.append(keys)
-        v.append(values)
-        offsets.append(offset)
+    flat = _flattened(kv)
+    by_level = flat.by_level
     lens: list[Tensor | None] = []
     if kv_lens is not None:
-        if by_level and (not isinstance(kv_lens, (tuple, list)) or len(kv_lens) != len(k)):
+        if by_level and (not isinstance(kv_lens, (tuple, list)) or len(kv_lens) != len(flat.k)):
             raise ValueError("kv_lens must be a list with an entry per level of kv, None or lengths")
         each = kv_lens if by_level else [kv_lens]
         lens = [None if x is None else _host_tensor(x) for x in each]
     out, lse = attention_op(
-        q, k, v, by_level, offsets, page_indices, sinks, lens,
+        q, *flat, sinks, lens,
         None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q), max_seqlen_q,
         None if tree is None else tree.handle, scale, causal, window, softcap, return_lse, out_dtype, backend,
         batch_invariant, validate,
@@ -203,6 +187,9 @@ def run_op(
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
+    by_level: bool,
+    offsets: Sequence[Tensor | None],
+    page_indices: Tensor | None,
     scale: float | None,
     causal: bool,
     window: int | None,
@@ -215,9 +202,10 @@ def run_op(
     _refuse_tangents()
     if _run_plan is None:
         raise RuntimeError("hydragen.planned must be imported before its operator is called")
+    kv = _unflattened(k, v, by_level, offsets, page_indices)
     with torch.no_grad():
         state = _run_plan(
-            of_handle(plan), q, k, v, scale, causal, window, softcap, sinks, return_lse, out_dtype
+            of_handle(plan), q, kv, scale, causal, window, softcap, sinks, return_lse, out_dtype
         )
     lse = state.lse if return_lse else q.new_empty(0, dtype=_lse_dtype(q))
     return state.out.contiguous(), lse.contiguous()
@@ -239,21 +227,43 @@ def run_in_graph(
     """Call the operator of `Plan.run`, in a form that torch.compile can trace."""
     _check_flags(causal=causal, return_lse=return_lse)
     _check_numbers(scale=scale, window=window, softcap=softcap)
-    k, v = flat_tensors(kv)
-    out, lse = run_op(plan, q, k, v, scale, causal, window, softcap, sinks, return_lse, out_dtype)
+    is_pair = isinstance(kv, (tuple, list)) and len(kv) == 2 and isinstance(kv[0], Tensor)
+    flat = _Flat([kv[0]], [kv[1]], False, [None], None) if is_pair else _flattened(kv)
+    out, lse = run_op(plan, q, *flat, scale, causal, window, softcap, sinks, return_lse, out_dtype)
     return AttentionState(out, lse)
 
 
-def flat_tensors(kv: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return all keys and all values of one layer: of each level, or of the one tensor pair."""
+class _Flat(NamedTuple):
+    """Keys and values as operators take them."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    by_level: bool
+    offsets: list[Tensor | None]
+    page_indices: Tensor | None
+
+
+def _flattened(kv: Any) -> _Flat:
+    """Return keys, values and all that says where they are: of each level, or of all nodes."""
     if isinstance(kv, PagedKV):
-        return [kv.k_cache], [kv.v_cache]
+        indptr, indices = _host_tensor(kv.page_indptr), _host_tensor(kv.page_indices)
+        return _Flat([kv.k_cache], [kv.v_cache], False, [indptr], indices)
     if isinstance(kv, PackedKV):
-        return [kv.k], [kv.v]
-    if isinstance(kv[0], Tensor):
-        return [kv[0]], [kv[1]]
-    pairs = [(part.k, part.v) if isinstance(part, PackedKV) else (part[0], part[1]) for part in kv]
-    return [k for k, _ in pairs], [v for _, v in pairs]
+        return _Flat([kv.k], [kv.v], False, [_host_tensor(kv.cu_seqlens_k)], None)
+    if not isinstance(kv, Sequence) or len(kv) == 0:
+        raise TypeError("kv must be a list of levels [(k, v), ...], a PackedKV or a PagedKV")
+    flat = _Flat([], [], True, [], None)
+    for part in kv:
+        if isinstance(part, PackedKV):
+            keys, values, offset = part.k, part.v, _host_tensor(part.cu_seqlens_k)
+        elif isinstance(part, (tuple, list)) and len(part) == 2:
+            keys, values, offset = part[0], part[1], None
+        else:
+            raise TypeError(f"kv must hold pairs (k, v), one per level, got {type(part).__name__}")
+        flat.k.append(keys)
+        flat.v.append(values)
+        flat.offsets.append(offset)
+    return flat
 
 
 def _check_flags(**flags: object) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -97,7 +95,8 @@ class Plan:
             As planned for.
         kv : list of levels, or a pair of tensors
             The layer's keys and values, shaped as planned for: a list of pairs, or the pair (k, v) of packed
-            tensors or pools. The PackedKV or PagedKV of the plan itself will do as well.
+            tensors or pools. The PackedKV or PagedKV of the plan itself will do as well; its tables are then
+            compared with the plan's, which inside torch.compile takes host time in every run.
         scale, causal, window, softcap, sinks, return_lse, out_dtype
             As in `attention`.
 
@@ -223,11 +222,6 @@ class Plan:
         """
         return explanation(self._work)
 
-    @property
-    def by_level(self) -> bool:
-        """Whether keys and values come as a list of levels."""
-        return self._planned.nodes.by_level
-
     def __repr__(self) -> str:
         room = "" if self._capacity is None else f", room for {self._capacity.nodes} nodes"
         return f"<Plan: {self.tree!r}{room}>"
@@ -289,11 +283,10 @@ class Plan:
 
 @implement_run
 def _run_plan(
-    plan: object, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], scale: float | None, causal: bool,
+    plan: object, q: Tensor, kv: KV | tuple[Tensor, Tensor], scale: float | None, causal: bool,
     window: int | None, softcap: float | None, sinks: Tensor | None, return_lse: bool,
     out_dtype: torch.dtype | None,
 ) -> AttentionState:  # fmt: skip
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be the handle of a Plan, got that of {type(plan).__name__}")
-    kv = list(zip(k, v, strict=True)) if plan.by_level else (k[0], v[0])
     return plan.state(q, kv, scale, causal, window, softcap, sinks, return_lse, out_dtype)
