@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from reference_trees import CASES, Case, blocks_of, by_depth, by_node, draw, run_both, structure
+from torch.autograd import forward_ad
 
 from hydragen_reference.decomposed import Block, tree_attention
+from hydragen_reference.segment import KEYS_PER_CHUNK
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -119,6 +121,52 @@ def test_gradients_through_a_tree_with_empty_rows():
     assert torch.autograd.gradcheck(
         lambda q, *kv: run(q, None, *kv, use_sinks=False), [inputs[0], *inputs[2:]]
     )
+
+
+def tree_of_two_depths(seed=0):
+    """q, k and v of a root of more than one chunk and of what two of three tokens have below it."""
+    shapes = (3, 2, 4), (1, KEYS_PER_CHUNK + 3, 1, 4), (1, 5, 1, 4)
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+
+
+def attend_to_both(q, root, below):
+    blocks = [Block(root, root.sin()), Block(below, below.cos(), tokens=torch.tensor([[2, 0]]))]
+    return torch.cat([x.flatten() for x in tree_attention(q, blocks)])
+
+
+def test_forward_mode_equals_backward_mode():
+    inputs = tree_of_two_depths()
+    tangents = tree_of_two_depths(seed=1)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    for which in range(3):
+        one = [tangent * (i == which) for i, tangent in enumerate(tangents)]
+        out, found = torch.func.jvp(attend_to_both, inputs, tuple(one))
+        again = attend_to_both(*leaves)
+        torch.testing.assert_close(again, out)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+        grads = torch.autograd.grad(again @ weights, leaves)
+        torch.testing.assert_close(weights @ found, (grads[which] * one[which]).sum())
+        # tensors that want gradients may have tangents as well
+        with forward_ad.dual_level():
+            dual = attend_to_both(*map(forward_ad.make_dual, leaves, one))
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, found)
+        assert torch.equal(again, attend_to_both(*leaves))
+    for found, expected in zip(
+        torch.func.grad(lambda *x: attend_to_both(*x) @ weights, (0, 1, 2))(*inputs), grads, strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_mapped_by_vmap_is_one_after_another(which):
+    inputs = tree_of_two_depths()
+    several = torch.stack([tree_of_two_depths(seed)[which] for seed in (1, 2)])
+
+    def attend_with(x):
+        return attend_to_both(*inputs[:which], x, *inputs[which + 1 :])
+
+    torch.testing.assert_close(torch.vmap(attend_with)(several), torch.stack([*map(attend_with, several)]))
 
 
 def test_every_masked_row_leaves_the_gradients_of_others_alone():
