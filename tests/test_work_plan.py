@@ -1,9 +1,13 @@
-"""What a work plan remembers of what it was made for."""
+"""What a work plan remembers of what it was made for, and tables that no tuning asks for yet."""
+
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
-from test_work import packed_nodes
+from test_work import HEADS, entries, expected_pairs, packed_nodes, plan_of
 
 from hydragen import PrefixTree
+from hydragen.layout import lay_out_work
 from hydragen.queries import Heads
 from hydragen.target import H200
 from hydragen.work import make_work_plan
@@ -44,3 +48,27 @@ def test_a_plan_knows_what_it_was_made_for() -> None:
     )
     assert make_work_plan(*alone, False).work.final
     assert not make_work_plan(*alone, False, dict.fromkeys(refused.work.tiles, 1), False).work.final
+
+
+def test_runs_in_several_tiles_have_their_own_links() -> None:
+    """Each launch counts its links from 0, whichever come before in other launches."""
+    chains = PrefixTree.from_parents([-1, 0, 1, -1, 3, 4, 5], [33, 40, 50, 70, 9, 17, 1], row_to_node=[2, 6])
+    plan = plan_of(chains, np.ones(2, np.int64), HEADS["8/2 half"], H200)
+    segments = plan.work.segments
+    assert np.diff(segments.indptr).tolist() == [3, 4]
+    for tile in ([0, 0], [0, 1], [1, 0]):
+        moved = replace(segments, tile=np.array(tile), split_size=np.full(2, 4096))
+        work = lay_out_work(
+            packed_nodes(chains), plan.kv_lens, plan.queries, moved, plan.work.tiles, plan.heads, True
+        )
+        assert [launch.links.shape[0] for launch in work.launches] == [
+            sum((1, 2)[run] for run in (0, 1) if tile[run] == index)
+            for index in sorted({*tile}, reverse=True)
+        ]
+        laid_out = replace(plan, work=work)
+        pairs = Counter(
+            (item["tok_begin"], item["node"], key)
+            for item, *_ in entries(laid_out)
+            for key in range(item["begin"], item["end"])
+        )
+        assert pairs == expected_pairs(laid_out)
