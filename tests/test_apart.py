@@ -94,6 +94,17 @@ def test_a_node_is_apart_if_a_child_has_all_of_its_rows_in_one_tile() -> None:
     assert found.tolist() == [True, True, True, False, False]
 
 
+def test_where_the_rows_of_a_node_are_does_not_matter() -> None:
+    """Only how many there are; and as many on either side of a child's do not make them all."""
+    heads = Heads(4, 1, 64, 64, 2)
+    tree, queries = laid_out([-1, -1, 1], [9] * 3, [0] * 40 + [2, 2])
+    found = apart_nodes(tree, queries, heads, TILE, small=False)
+    assert found is not None
+    assert found.tolist() == [False, True, False]
+    tree, queries = laid_out([-1, 0], [9] * 2, [0, 1, 0])
+    assert apart_nodes(tree, queries, heads, TILE, small=False) is None
+
+
 def test_where_there_is_little_to_do_all_are_apart_but_the_last() -> None:
     heads = Heads(4, 1, 64, 64, 2)
     tree, queries = laid_out([-1, 0, 0, 2], [9] * 4, [1] * 9 + [3])

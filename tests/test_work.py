@@ -232,10 +232,6 @@ def test_final_means_one_partial_for_every_token(work: list[WorkPlan]) -> None:
         each_one = all(len(partials.get(token, ())) == 1 for token in range(plan.queries.token.size))
         assert plan.work.final == (each_one and not plan.batch_invariant)
         assert (plan.work.num_partials == 0) == (plan.work.final or not partials)
-        indptr, indices = plan.work.merge_indptr, plan.work.merge_indices
-        assert indptr.dtype == indices.dtype == np.int32
-        assert indices.size == plan.work.num_partials
-        assert indptr.size == (0 if plan.work.final else plan.queries.token.size + 1)
         kinds.add(plan.work.final)
     assert kinds == {True, False}
 

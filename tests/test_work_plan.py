@@ -7,7 +7,7 @@ import numpy as np
 from test_work import HEADS, entries, expected_pairs, packed_nodes, plan_of
 
 from hydragen import PrefixTree
-from hydragen.layout import lay_out_work
+from hydragen.layout import LINK_COLUMNS, lay_out_work
 from hydragen.queries import Heads
 from hydragen.target import H200
 from hydragen.work import make_work_plan
@@ -46,8 +46,15 @@ def test_a_plan_knows_what_it_was_made_for() -> None:
         heads,
         H200,
     )
-    assert make_work_plan(*alone, False).work.final
+    final = make_work_plan(*alone, False).work
+    assert final.final
+    assert (final.merge_indptr.size, final.merge_indices.size) == (0, 0)
     assert not make_work_plan(*alone, False, dict.fromkeys(refused.work.tiles, 1), False).work.final
+    for work in (final, plain.work):
+        launches = [table for launch in work.launches for table in (launch.items, launch.links)]
+        tables = [*launches, work.merge_indptr, work.merge_indices]
+        assert [table.dtype for table in tables] == [np.int32] * len(tables)
+        assert {launch.links.shape for launch in work.launches} == {(0, len(LINK_COLUMNS))}
 
 
 def test_runs_in_several_tiles_have_their_own_links() -> None:

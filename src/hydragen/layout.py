@@ -192,11 +192,11 @@ def _pieces(
     """Cut the runs: split s covers keys [begin[s], end[s]) of run split_of[s]."""
     if segments.links.size == segments.node.size:  # no run has several nodes
         return _Pieces(segments.links[split_of], begin, end, np.arange(split_of.size + 1))
-    lens, in_run = kv_lens[segments.links], np.diff(segments.indptr)
-    padded = np.where(np.repeat(in_run > 1, in_run), -(-lens // segments.step) * segments.step, lens)
     # In keys of all runs, end to end: a split goes from the node in which it begins to the one in which it
-    # ends. It begins at a multiple of the step, so it has keys in the first.
-    starts = offsets(padded)
+    # ends. It begins at a multiple of the step, so it has keys in the first. That a node alone is not rounded
+    # up in its run makes no difference: what follows is counted from the run's own begin.
+    lens = kv_lens[segments.links]
+    starts = offsets(-(-lens // segments.step) * segments.step)
     before = starts[segments.indptr[split_of]]
     first = np.searchsorted(starts, before + begin, side="right") - 1
     counts = np.searchsorted(starts, before + end) - first
