@@ -194,3 +194,38 @@ def test_writes_that_would_overlap_are_found_on_request() -> None:
         plan.update(torch.tensor([3, 3, 3]), page_indices=[0, 0, 1], validate=True)
     plan.update(torch.tensor([3, 3, 4]), page_indices=[0, 1, 2], validate=True)
     plan.append((k, v), *normal(2, 2, 1, KV_HEADS, DIM))
+
+
+def test_nothing_has_grown_when_the_tree_changes(backend: str, device: torch.device) -> None:
+    """What a node of a new tree holds was there before: `append` writes nothing until the next update."""
+    kv, lens, views = growing("levels", device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2, backend=backend)
+    before = [suffix("levels", views, which).clone() for which in (0, 1)]
+    lens[1] += 2
+    other = PrefixTree.from_levels([[PREFIX], [ROOM] * BATCH], row_to_node=[2, 1, 3, 4, 5])
+    plan.update(kv_lens=lens, tree=other)
+    new = [normal(BATCH, 1, KV_HEADS, DIM, seed=i, device=device) for i in range(2)]
+    plan.append(kv, *new)
+    assert all(torch.equal(suffix("levels", views, which), before[which]) for which in (0, 1))
+    lens[1] += 1
+    plan.update(kv_lens=lens)
+    plan.append(kv, *new)
+    written = [suffix("levels", views, which)[:, 2] for which in (0, 1)]
+    assert all(torch.equal(written[which], new[which][[1, 0, 2, 3, 4], 0]) for which in (0, 1))
+
+
+def test_appending_within_a_transform_is_refused() -> None:
+    kv, lens, _ = growing("levels", torch.device("cpu"))
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens)
+    new = normal(BATCH, 1, KV_HEADS, DIM, seed=0, device=torch.device("cpu"))
+
+    def append(k: Tensor) -> Tensor:
+        plan.append(kv, k, new)
+        return k
+
+    for call in (
+        lambda: torch.func.jvp(append, (new,), (new,)),
+        lambda: torch.func.vmap(append)(new[None]),
+    ):
+        with pytest.raises(ValueError, match=r"Plan.append cannot|Plan.append computes"):
+            call()

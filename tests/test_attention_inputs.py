@@ -258,3 +258,14 @@ def test_sinks_of_any_stride(how: str, levels: int, backend: str, device: torch.
     plan = hydragen.plan(tree, kv, num_q_heads=4, backend=backend)
     for sinks in (plain, view, view, plain):
         torch.testing.assert_close(plan.run(q, kv, sinks=sinks), expected)
+
+
+def test_the_same_starts_and_a_longer_last_row(backend: str, device: torch.device) -> None:
+    """What a plan is found by includes how long rows are: the last one's length shows in no other's start."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 16, generator=generator).to(device) for n in (3, 5, 5))
+    for q_len in (1, 3, 2):
+        found = hydragen.attention(q[:, :q_len], [(k, v)], backend=backend)
+        for i in range(q_len):
+            single = hydragen.attention(q[:, i : i + 1], [(k, v)], backend=backend)
+            torch.testing.assert_close(found[:, i : i + 1], single)

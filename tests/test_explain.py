@@ -1,5 +1,8 @@
 """What explain() says of each segment: read once for all of its sequences, or by each on its own."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -49,3 +52,16 @@ def test_a_plan_says_the_same(lens: list[int]) -> None:
         explanation.bytes == sum(s.count * s.reads * s.kv_len for s in explanation.segments) * BYTES_PER_KEY
     )
     assert explanation.bytes_unshared == int(tree.path_lens.sum()) * BYTES_PER_KEY
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.int16, np.uint8])
+def test_numbers_of_numpy_are_counted_as_pythons(kind: Any) -> None:
+    tree = PrefixTree.from_levels([[4096], [64] * 256])
+    expected = hydragen.explain(tree, num_q_heads=32, num_kv_heads=8, head_dim=128, q_len=2)
+    sizes = {"num_q_heads": kind(32), "num_kv_heads": kind(8), "head_dim": kind(128), "q_len": kind(2)}
+    found = hydragen.explain(tree, **sizes)
+    assert (found.bytes, found.bytes_unshared, found.flops) == (
+        expected.bytes, expected.bytes_unshared, expected.flops,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="q_len must be an integer"):
+        hydragen.explain(tree, **(sizes | {"q_len": torch.tensor(2)}))

@@ -277,6 +277,22 @@ def test_a_table_of_the_caller_may_change_in_place(device: torch.device) -> None
     torch.testing.assert_close(plan.run(q, (k, v)), hydragen.attention(q, right, tree=trees[1]))
 
 
+def test_a_table_changed_in_place_is_another_one() -> None:
+    """The plan keeps what the table was; a run that names the changed one is refused, equal ones are not."""
+    k, v = normal(2, 6, 4, KV_HEADS, DIM)
+    tree = PrefixTree.from_parents([-1, 0], row_to_node=[1])
+    q = queries()[:1]
+    for table in ([0, 1], np.array([0, 1]), torch.tensor([0, 1])):
+        kv = PagedKV(k, v, [0, 1, 2], table)
+        plan = hydragen.plan(tree, kv, num_q_heads=HEADS)
+        torch.testing.assert_close(plan.run(q, kv), plan.run(q, (k, v)))
+        table[0] = 5
+        with pytest.raises(ValueError, match=r"kv\.page_indices must be what the plan was made for"):
+            plan.run(q, kv)
+        plan.update(page_indices=table)
+        torch.testing.assert_close(plan.run(q, kv), hydragen.attention(q, kv, tree=tree))
+
+
 def test_many_trees_leave_nothing_behind(backend: str, device: torch.device) -> None:
     """Nodes of a level numbered here and there, levels of ever other strides: memory stays bounded."""
     rng = np.random.default_rng(0)

@@ -193,3 +193,21 @@ def test_offsets_whose_difference_passes_int64() -> None:
         hydragen.attention(**packed(cu_seqlens_q=offsets))
     with pytest.raises(ValueError, match=r"kv\.cu_seqlens_k must not decrease"):
         hydragen.attention(**packed(kv=packed_kv(cu_seqlens_k=[0, 2**63 - 1, -2, 5, 5, 17])))
+
+
+def test_more_than_32_bits_can_count_is_refused() -> None:
+    """Views of one element: their memory is small, their places are not."""
+    q, one = zeros(1, 1, 4, 8), zeros(1, 2, 8)
+    for size, offsets, message in (
+        (2**29 + 1, [0, 2**29 + 1], "kv must have room for at most 536870912 tokens on a path from a root"),
+        (2**31, [0, 4, 2**31], "kv must hold fewer than 2147418112 tokens or nodes in one tensor"),
+    ):
+        k = one.expand(size, 2, 8)
+        tree = PrefixTree.from_parents([-1] * (len(offsets) - 1), row_to_node=[0])
+        with pytest.raises(ValueError, match=message):
+            hydragen.attention(q, hydragen.PackedKV(k, k, offsets), tree=tree)
+    longest = one.expand(2**29, 2, 8)
+    plan = hydragen.plan(
+        PrefixTree.from_parents([-1]), hydragen.PackedKV(longest, longest, [0, 2**29]), num_q_heads=4
+    )
+    assert plan.tree.num_rows == 1

@@ -174,9 +174,8 @@ def explain(
     22.0
     """
     dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
-    lens = check_explain(tree, num_q_heads, num_kv_heads, *dims, dtype, q_len)
+    lens, heads, q_len = check_explain(tree, num_q_heads, num_kv_heads, *dims, dtype, q_len)
     target = H200 if device is None else target_of(check_cuda(device))
-    heads = Heads(num_q_heads, num_kv_heads, *dims, dtype.itemsize)
     queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, np.full(tree.num_rows, q_len))
     segments, tiles = find_segments(tree, lens, queries, heads, target, batch_invariant=False)
     return _explanation(tree, lens, segments, tiles, heads, queries, target)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hydragen.kv import KV
+from hydragen.transforms import check_untransformed
 from hydragen.validation.planned import Planned, check_like, tensors_of_run
 from hydragen.validation.tensors import check_tensor
 
@@ -31,6 +32,9 @@ def check_append(
         _check_writable(cache, x, f"{where} {name}")
         _check_no_gradient(cache, f"{where} {name}")
         _check_no_gradient(tensor, name)
+        check_untransformed(
+            "Plan.append", "append outside of it", [(f"{where} {name}", cache), (name, tensor)]
+        )
         caches.append(cache)
     if caches[0].data_ptr() == caches[1].data_ptr() and caches[0].numel() and k is not v:
         raise ValueError(

@@ -7,6 +7,7 @@ import numbers
 import torch
 
 from hydragen.host_ints import IntArray, as_positive_int
+from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
 from hydragen.validation.tensors import shown
 
@@ -21,8 +22,8 @@ def check_explain(
     head_dim_v: int,
     dtype: torch.dtype,
     q_len: int,
-) -> IntArray:
-    """Return the tree's lengths if the arguments of `explain` fit together."""
+) -> tuple[IntArray, Heads, int]:
+    """Return the tree's lengths, the heads and q_len, as Python's integers, if the arguments fit together."""
     if not isinstance(tree, PrefixTree):
         raise TypeError(
             f"tree must be a hydragen.PrefixTree, got {type(tree).__name__}; "
@@ -30,10 +31,9 @@ def check_explain(
         )
     if tree.kv_lens is None:
         raise ValueError("tree must know its lengths, got kv_lens=None; pass kv_lens when making the tree")
-    as_positive_int(q_len, "q_len")
-    for name, heads in (("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads)):
-        if as_positive_int(heads, name) != heads or isinstance(heads, torch.Tensor):
-            raise TypeError(f"{name} must be an integer, got {shown(heads)}; convert it with int()")
+    for name, count in (("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("q_len", q_len)):
+        if as_positive_int(count, name) != count or isinstance(count, torch.Tensor):
+            raise TypeError(f"{name} must be an integer, got {shown(count)}; convert it with int()")
     if num_q_heads % num_kv_heads:
         raise ValueError(
             f"num_q_heads must be a multiple of num_kv_heads, got {num_q_heads} and {num_kv_heads}; "
@@ -47,7 +47,8 @@ def check_explain(
     if dtype not in _DTYPES:
         names = ", ".join(str(known) for known in _DTYPES)
         raise TypeError(f"dtype must be one of {names}, got {dtype!r}; it is that of q, k and v")
-    return tree.kv_lens
+    heads = Heads(int(num_q_heads), int(num_kv_heads), int(head_dim), int(head_dim_v), dtype.itemsize)
+    return tree.kv_lens, heads, int(q_len)
 
 
 def check_cuda(device: object) -> torch.device:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from hydragen.forest import path_sums
 from hydragen.host_ints import IntArray
 from hydragen.kv import (
     NodeKV,
@@ -24,6 +25,8 @@ from hydragen.validation.queries import check_cu_seqlens
 from hydragen.validation.tensors import check_tensor, kind
 
 MAX_HEAD_DIM = 256
+MOST_PLACES = 2**31 - 2**16
+MOST_POSITIONS = 2**29
 
 
 def check_kv(
@@ -49,7 +52,26 @@ def check_kv(
             f"tree must end one row per sequence of q, {num_rows}, got a tree of {tree.num_rows} rows; "
             "pass row_to_node when making the tree (by default one row ends at each leaf)"
         )
+    _check_sizes(tree, nodes)
     return tree, nodes, _heads(q.shape, nodes.k[0].shape, nodes.v[0].shape, q.element_size())
+
+
+def _check_sizes(tree: PrefixTree, nodes: NodeKV) -> None:
+    """Kernels count places in a tensor and positions on a path in 32 bits, with room for sums of a few."""
+    ends = nodes.slot + (nodes.capacity if nodes.pages is None and any(nodes.packed) else 0)
+    if int(ends.max(initial=0)) >= MOST_PLACES:
+        raise ValueError(
+            f"kv must hold fewer than {MOST_PLACES} tokens or nodes in one tensor, got offsets up to "
+            f"{int(ends.max())}; give it in several levels"
+        )
+    # no path is longer than all nodes together, whose sum is soon made
+    if int(nodes.capacity.sum()) > MOST_POSITIONS:
+        longest = int(path_sums(tree.parents, nodes.capacity).max())
+        if longest > MOST_POSITIONS:
+            raise ValueError(
+                f"kv must have room for at most {MOST_POSITIONS} tokens on a path from a root, got "
+                f"{longest}; pass a view of the tokens in use"
+            )
 
 
 def _check_levels(kv: object, tree: PrefixTree | None, num_rows: int, q: Tensor) -> tuple[PrefixTree, NodeKV]:
