@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -134,6 +135,30 @@ def test_a_wrong_function_fails_with_the_smallest_case(home):
     assert smallest.num_nodes <= 3
     assert smallest.total_kv + smallest.total_q <= 8
     assert smallest.num_kv_heads == 2
+    # what is said to be wrong is wrong with that case, not with the one that it was shrunk from
+    row, query = map(int, re.search(r"at row (\d+), query (\d+)", law["where"]).groups())
+    assert query < smallest.q_lens[row]
+
+
+def test_a_module_in_the_current_folder_is_found(home):
+    """As the `pytest` command is run, which does not look there by itself."""
+    (home / "here").mkdir()
+    (home / "here" / "mine.py").write_text(THEIRS)
+    start = "import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())"
+    options = ["-p", "no:cacheprovider", "-p", "hydragen.testing.conformance.plugin", "--collect-only", "-q"]
+    options += ["--pyargs", "hydragen.testing.conformance", "--implementation", "mine:right"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", start, *options],
+        cwd=home / "here",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_narrow_function_of_one_argument(home):

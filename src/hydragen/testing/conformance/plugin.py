@@ -85,6 +85,9 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         session.known = _known(config)
         if path:
+            here = str(config.invocation_params.dir)
+            if here not in sys.path:  # the module may lie in the current folder, as with `python -m pytest`
+                sys.path.insert(0, here)
             session.subjects = [_subject(path, config)]
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
@@ -228,8 +231,8 @@ def pytest_runtest_makereport(
     tally = item.stash.get(_TALLY, Tally())
     seen: dict[str, Any] = {"law": _law(item), "name": _name(item), **tally.as_dict()}
     if call.excinfo is not None and not isinstance(call.excinfo.value, pytest.fail.Exception):
-        seen["problem"] = _smallest(item, tally.last)
-        seen["where"] = tally.where or str(call.excinfo.value).partition("\n")[0]
+        where = tally.where or str(call.excinfo.value).partition("\n")[0]
+        seen["problem"], seen["where"] = _smallest(item, tally.last, where)
     report.conformance = seen  # type: ignore[attr-defined]  # plain values: xdist carries them along
     if call.when == "call":  # for JUnit, which takes them from the item when it ends
         item.user_properties.append(("cases", tally.cases))
@@ -240,24 +243,30 @@ def pytest_runtest_makereport(
     return report
 
 
-def _smallest(item: Any, last: Problem | None) -> str:
-    """The case with which Hypothesis ends, shrunk further where the oracle alone shows that it fails."""
+def _smallest(item: Any, last: Problem | None, where: str) -> tuple[str, str]:
+    """The case with which Hypothesis ends, shrunk further where the oracle alone shows that it fails, and
+    what is wrong with it: `where` belongs to the case before it is shrunk.
+    """
     implementation = item.callspec.params["implementation"]
 
-    def fails(problem: Problem) -> bool:
+    def wrong(problem: Problem) -> str:
         if not (session.capabilities.allows(problem) and session.known.allows(problem)):
-            return False
-        try:
-            laws.matches_oracle(implementation, problem)
-        except AssertionError:
-            return True
-        except Exception:  # noqa: BLE001 - another failure, or a problem that the function refuses
-            return False
-        return False
+            return ""
+        with tallied() as tally:
+            try:
+                laws.matches_oracle(implementation, problem)
+            except AssertionError as error:
+                return tally.where or str(error).partition("\n")[0] or "it fails"
+            except Exception:  # noqa: BLE001 - another failure, or a problem that the function refuses
+                return ""
+        return ""
 
     if last is None:
-        return ""
-    return repr(shrink(last, fails, max_runs=200) if fails(last) else last)
+        return "", where
+    if wrong(last):
+        last = shrink(last, lambda problem: wrong(problem) != "", max_runs=200)
+        where = wrong(last)
+    return repr(last), where
 
 
 class _Collector:
