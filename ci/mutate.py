@@ -1,6 +1,6 @@
 """Mutation testing of the specification and the work table: does some test fail for every small change?
 
-    ci/mutate                  all of it: about half an hour on one core
+    ci/mutate                  all of it: three quarters of an hour on one core
     ci/mutate reference        only the specification: minutes
 
 mutmut (pip install mutmut) changes one operator, constant or argument at a time, in a copy under out/mutate,
