@@ -103,6 +103,22 @@ def test_every_path_is_cut_below_the_nodes_that_are_not_apart() -> None:
     assert with_several > 100, "hardly any run has several nodes: this tests little"
 
 
+def test_runs_at_one_node_follow_the_tokens() -> None:
+    """Rows that end at the root, which is apart, and at each of its children in turn."""
+    children = 100
+    tree = PrefixTree.from_parents(
+        [-1] + [0] * children,
+        [9] * (children + 1),
+        row_to_node=[n for i in range(children) for n in (0, i + 1)],
+    )
+    lens = np.ones(2 * children, np.int64)
+    queries = Queries.of(tree, np.cumsum(lens) - lens, lens)
+    assert tree.kv_lens is not None
+    runs = find_runs(tree, tree.kv_lens, queries, np.arange(children + 1) == 0, 16)
+    assert runs.node.tolist() == [0] * children + list(range(1, children + 1))
+    assert runs.tok_begin.tolist() == [*range(0, 2 * children, 2), *range(1, 2 * children, 2)]
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_long_chain_is_no_loop_over_its_nodes(rows: int) -> None:
     nodes = 100_000
