@@ -8,12 +8,15 @@ import runpy
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'hydragen[cli]'") from error
+
+if TYPE_CHECKING:
+    from hydragen.transformers.jsonl import Answers
 
 # Answers that are laid out together: the first of a large job come soon.
 ANSWERS_AT_A_TIME = 8192
@@ -72,10 +75,10 @@ def generate(
     nothing is lost and nothing is made twice. A larger n adds answers to those that are there.
     """
     from tqdm import tqdm  # noqa: PLC0415 - with what is slow
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow
 
     from hydragen.transformers import stream  # noqa: PLC0415 - slow
     from hydragen.transformers.jsonl import Answers, Job, read_prompts  # noqa: PLC0415 - slow
+    from hydragen.transformers.pretrained import check_name, tokenizer_of  # noqa: PLC0415 - slow
 
     draws = temperature != 0 and (temperature is not None or n > 1 or top_k is not None or top_p is not None)
     sampling: dict[str, Any] = {"do_sample": draws}
@@ -86,7 +89,8 @@ def generate(
             "top_p": top_p,
         }
     with told():
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        check_name(model)
+        tokenizer = tokenizer_of(model)
         settings = {
             "model": model,
             "max_new_tokens": max_new_tokens,
@@ -95,31 +99,34 @@ def generate(
             "logprobs": logprobs,
             "dtype": dtype.value,
         }
-        job = Job(read_prompts(prompts, tokenizer), n, settings)
+        given = read_prompts(prompts, tokenizer, model)
+        job = Job(list(given.values()), n, settings)
         answers = Answers(out or prompts.with_suffix(".answers.jsonl"), job)
         have = answers.resume()
         places = job.missing(have)
         if have:
             typer.echo(f"{len(have):,} answers are there already, {len(places):,} to go", err=True)
         if places:
-            loaded, made = load(model, dtype, device), 0
-            with tqdm(total=len(places), unit="answer", delay=3, disable=None) as bar:
-                for begin in range(0, len(places), ANSWERS_AT_A_TIME):
-                    some = places[begin : begin + ANSWERS_AT_A_TIME]
-                    finished = stream(
-                        loaded,
-                        [job.prompts[prompt] for prompt, _ in some],
-                        tokenizer=tokenizer,
-                        max_new_tokens=max_new_tokens,
-                        seed=[job.seed(*place) for place in some],
-                        logprobs=logprobs,
-                        batch_size=batch_size,
-                        progress=False,
-                        **sampling,
-                    )
-                    for _ in answers.write(finished, some):
-                        made += 1
-                        bar.update()
+            with goes_on(answers):
+                loaded, made = load(model, dtype, device), 0
+                check_prompts(loaded, given, max_new_tokens)
+                with tqdm(total=len(places), unit="answer", delay=3, disable=None) as bar:
+                    for begin in range(0, len(places), ANSWERS_AT_A_TIME):
+                        some = places[begin : begin + ANSWERS_AT_A_TIME]
+                        finished = stream(
+                            loaded,
+                            [job.prompts[prompt] for prompt, _ in some],
+                            tokenizer=tokenizer,
+                            max_new_tokens=max_new_tokens,
+                            seed=[job.seed(*place) for place in some],
+                            logprobs=logprobs,
+                            batch_size=batch_size,
+                            progress=False,
+                            **sampling,
+                        )
+                        for _ in answers.write(finished, some):
+                            made += 1
+                            bar.update()
             typer.echo(f"wrote {made:,} answers to {answers.path}", err=True)
 
 
@@ -198,6 +205,36 @@ class told:  # noqa: N801  (reads as a statement: with told():)
         if isinstance(error, ValueError | TypeError | OSError | MemoryError):
             typer.echo(f"hydragen: {error}", err=True)
             raise typer.Exit(2) from error
+
+
+class goes_on:  # noqa: N801  (reads as a statement: with goes_on(answers):)
+    """Say after Ctrl-C what is written and how to go on; typer ends with status 130."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            # Counted in the file: the interruption may have come between a line and its count.
+            count, path = len(self.answers.written()), self.answers.path
+            typer.echo(
+                f"\nhydragen: interrupted; {count:,} answers are in {path}, and the same command goes on "
+                "from there",
+                err=True,
+            )
+
+
+def check_prompts(model: Any, prompts: dict[str, list[int]], new_tokens: int) -> None:
+    """Raise a ValueError that names file and line of a prompt which the model cannot answer."""
+    import numpy as np  # noqa: PLC0415 - slow
+
+    from hydragen.transformers.support import check_prompt  # noqa: PLC0415 - slow
+
+    for where, ids in prompts.items():
+        check_prompt(model, np.array(ids, dtype=np.int64), new_tokens, where)
 
 
 def config_name(path: Path) -> str:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 import hydragen
 from hydragen.cli import app
 from hydragen.transformers import Completion, jsonl
+from hydragen.transformers.pretrained import check_name
 
 PROMPTS = ["w5 w6 w7", "w5 w6 w7 w8 w9"]
 
@@ -93,7 +94,9 @@ def test_a_run_goes_on_after_an_interruption(
         return dumps(*args, **kwargs)
 
     monkeypatch.setattr(jsonl.json, "dumps", interrupted)
-    assert generate(model_folder, prompts, "-n", 4).exit_code != 0
+    stopped = generate(model_folder, prompts, "-n", 4)
+    assert stopped.exit_code == 130
+    assert f"interrupted; 5 answers are in {out}, and the same command goes on from there" in stopped.stderr
     monkeypatch.undo()
     assert len(answers(prompts)) == 5
     with out.open("a") as file:
@@ -114,7 +117,9 @@ def test_texts_with_ends_of_lines_of_their_own(model_folder: Path, tmp_path: Pat
     odd = "w5\u2028w6\u2029w7\x85w8"
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n\n" + '{"prompt": [5]}', "utf-8")
-    prompts = jsonl.read_prompts(path, AutoTokenizer.from_pretrained(model_folder))
+    given = jsonl.read_prompts(path, AutoTokenizer.from_pretrained(model_folder), "model")
+    assert list(given) == [f"{path}:1", f"{path}:3"]
+    prompts = list(given.values())
     assert prompts == [[5, 6, 7, 8], [5]]
     job = jsonl.Job(prompts, 1, {"seed": 0})
     made = [Completion(i, 0, [7, 8], odd, None, "length", 3) for i in range(2)]
@@ -135,7 +140,7 @@ def test_special_tokens_come_once(model_folder: Path, tmp_path: Path) -> None:
     tokenizer.chat_template = "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}"
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "w5"}\n{"messages": [{"role": "user", "content": "w5"}]}\n')
-    assert jsonl.read_prompts(path, tokenizer) == [[1, 5], [1, 5]]
+    assert list(jsonl.read_prompts(path, tokenizer, "model").values()) == [[1, 5], [1, 5]]
 
 
 def test_large_jobs_go_in_pieces(model_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +166,14 @@ def test_answers_of_another_job_are_not_mixed_in(model_folder: Path, prompts: Pa
         ('{"prompt": 5}', "prompts.jsonl:1 must have a text or token ids"),
         ('{"text": "w5"}', "prompts.jsonl:1 must have either prompt or messages"),
         ("", "must hold a prompt or more, got none"),
-        ('{"prompt": ""}', r"prompts[0] must hold a token or more, got an empty prompt"),
+        ('{"prompt": ""}', "prompts.jsonl:1 must hold a token or more, got an empty prompt"),
+        (
+            '{"prompt": [5]}\n\n{"prompt": [5, 9999]}',
+            "prompts.jsonl:3 must be tokens of the model's vocabulary",
+        ),
+        ('{"prompt": [5, 1.5]}', "prompts.jsonl:1 must hold integers"),
+        (json.dumps({"prompt": [5] * 9999}), "prompts.jsonl:1 must leave room for max_new_tokens=5"),
+        ('{"messages": [5]}', "prompts.jsonl:1 must have messages that the tokenizer's chat template takes"),
     ],
 )
 def test_bad_files(model_folder: Path, tmp_path: Path, line: str, message: str) -> None:
@@ -170,6 +182,63 @@ def test_bad_files(model_folder: Path, tmp_path: Path, line: str, message: str) 
     done = generate(model_folder, path)
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_a_job_whose_prompts_are_mended_begins_anew(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": [9999]}')
+    assert generate(model_folder, path).exit_code == 2
+    path.write_text('{"prompt": [5]}')
+    done = generate(model_folder, path)
+    assert done.exit_code == 0, done.output
+    assert len(answers(path)) == 1
+
+
+def test_messages_need_a_chat_template(model_folder: Path, prompts: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = None
+    with pytest.raises(
+        ValueError, match=r"prompts\.jsonl:3 has messages, for which .* a chat template, got none"
+    ):
+        jsonl.read_prompts(prompts, tokenizer, "model")
+
+
+def test_messages_that_the_template_refuses(model_folder: Path, prompts: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(
+        ValueError, match=r"prompts\.jsonl:3 must have messages that .*: roles must alternate; a m"
+    ):
+        jsonl.read_prompts(prompts, tokenizer, "model")
+
+
+def test_without_a_tokenizer_prompts_are_token_ids(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    make_model("llama").save_pretrained(bare)
+    done = generate(bare, prompts)
+    assert done.exit_code == 2
+    assert f"no tokenizer in {bare}; {prompts}:1 needs one" in done.output
+    prompts.write_text('{"prompt": [5, 6, 7]}\n')
+    done = generate(bare, prompts)
+    assert done.exit_code == 0, done.output
+    (without,) = answers(prompts)
+    prompts.with_suffix(".answers.jsonl").unlink()
+    assert generate(model_folder, prompts).exit_code == 0
+    assert answers(prompts) == [{**without, "text": " ".join(f"w{i}" for i in without["token_ids"])}]
+    assert without["text"] is None
+
+
+@pytest.mark.parametrize("name", ["nosuch", "./nosuch", "../some/model", "/no/such", "~/model", "a/b/c"])
+def test_folders_that_are_not_there(prompts: Path, name: str) -> None:
+    done = run("generate", "--model", name, "--prompts", prompts)
+    assert done.exit_code == 2
+    assert f"got {name}: there is no such folder" in done.output
+
+
+def test_names_on_the_hub_are_left_alone(prompts: Path) -> None:
+    check_name("owner/name")
+    with pytest.raises(ValueError, match="that is a file"):
+        check_name(str(prompts))
 
 
 def test_bench(model_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from typing import Any
 
@@ -244,6 +245,25 @@ def test_progress_is_shown_when_asked_for(ours: PreTrainedModel, capfd: pytest.C
     assert capfd.readouterr().err == ""
     hydragen.generate(ours, SYSTEM, QUESTIONS, max_new_tokens=2, progress=True)
     assert "4/4" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("max_new_token", "did you mean max_new_tokens?"),
+        ("xyz", "choose from tokenizer, num_return_sequences, "),
+    ],
+)
+def test_options_that_there_are_not(ours: PreTrainedModel, name: str, remedy: str) -> None:
+    said = rf"^hydragen\.generate got an unexpected keyword argument '{name}'; {re.escape(remedy)}"
+    with pytest.raises(TypeError, match=said):
+        hydragen.generate(ours, SYSTEM, QUESTIONS, **{name: 2})
+    cache = PrefixCache(ours)
+    cache.prefill(SYSTEM)
+    with pytest.raises(
+        TypeError, match=rf"^PrefixCache\.generate got an unexpected keyword argument '{name}'; "
+    ):
+        cache.generate(**{name: 2})
 
 
 def test_a_tokenizer_of_another_vocabulary(ours: PreTrainedModel, tokenizer: Any) -> None:

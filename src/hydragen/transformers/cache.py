@@ -17,6 +17,7 @@ from hydragen.host_ints import IntArray, as_int_vector, frozen
 from hydragen.transformers.layers import PrefixLayer
 from hydragen.transformers.levels import Level
 from hydragen.transformers.logits import LastLogits
+from hydragen.transformers.options import check_options
 from hydragen.transformers.rows import Rows
 from hydragen.transformers.support import (
     attention_of,
@@ -244,6 +245,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         # Not at the top: generation is made of caches.
         from hydragen.transformers.generate import continue_rows  # noqa: PLC0415 - a cycle otherwise
 
+        check_options(options, continue_rows, "PrefixCache.generate")
         return continue_rows(self, input_ids, **options)
 
     def last_logits(self, rows: IntArray) -> Tensor:

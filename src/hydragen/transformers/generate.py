@@ -14,11 +14,12 @@ from hydragen.host_ints import IntArray, as_positive_int
 from hydragen.transformers.batches import Prompts, rows_at_a_time
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.decode import decode
+from hydragen.transformers.options import check_options
 from hydragen.transformers.parallel import of_the_first
 from hydragen.transformers.prompts import draw_seeds, join_levels, token_ids_of
 from hydragen.transformers.sampling import Sampling
-from hydragen.transformers.support import max_positions
-from hydragen.transformers.tokens import check_vocabulary, token_rows
+from hydragen.transformers.support import check_prompt, max_positions
+from hydragen.transformers.tokens import token_rows
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def generate(model: PreTrainedModel | PrefixCache, *prompts: object, **options: 
     >>> out = hydragen.generate(model, system_ids, questions, num_return_sequences=8, do_sample=True)
     ... # doctest: +SKIP
     """
+    check_options(options, stream, "hydragen.generate")
     return sorted(stream(model, *prompts, **options), key=lambda answer: (answer.prompt, answer.sample))
 
 
@@ -179,7 +181,7 @@ def _checked_prompts(
         )
     if not prompts:
         prompts = ([[]],) if base.num_rows else ([],)
-    vocabulary, limit = base.model.get_input_embeddings().num_embeddings, max_positions(base.model)
+    vocabulary = base.model.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > vocabulary:
         raise ValueError(
             f"tokenizer must be the model's: it has {len(tokenizer)} tokens, the model {vocabulary}"
@@ -187,14 +189,7 @@ def _checked_prompts(
     ids = token_ids_of(join_levels(prompts), tokenizer, special=base.num_rows == 0)
     before = int(base.lengths[0]) if base.num_rows else 0
     for i, row in enumerate(ids):
-        if row.size + before == 0:
-            raise ValueError(f"prompts[{i}] must hold a token or more, got an empty prompt; leave it out")
-        check_vocabulary(row, vocabulary, f"prompts[{i}]")
-        if limit is not None and before + row.size + new_tokens > limit:
-            raise ValueError(
-                f"prompts[{i}] must leave room for max_new_tokens={new_tokens} in the model's {limit} "
-                f"positions, got {before + row.size} tokens; shorten it or ask for fewer new tokens"
-            )
+        check_prompt(base.model, row, new_tokens, f"prompts[{i}]", before)
     return ids
 
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from hydragen.transformers.generate import Completion
+from hydragen.transformers.tokens import token_row
 
 FORMS = '{"prompt": "text"}, {"prompt": [token ids]} or {"messages": [...]}, one object per line'
 
@@ -32,26 +35,63 @@ class Job:
         return int.from_bytes(hashlib.blake2b(place, digest_size=7).digest())
 
 
-def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of a file's prompts; chats are laid out by the tokenizer's template."""
-    prompts = []
+def read_prompts(path: Path, tokenizer: Any, model: str) -> dict[str, list[int]]:
+    """Return the token ids of a file's prompts, each under its "file:line".
+
+    Parameters
+    ----------
+    path : Path
+    tokenizer : optional
+        For texts, and for chats, which its template lays out; None if the model comes without.
+    model : str
+        Where the tokenizer was looked for; messages name it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a line is not a prompt, or needs a tokenizer or template that is not there; names file and line.
+    """
+    prompts = {}
     for number, line, record in _records(path.read_text(encoding="utf-8"), path, f"write {FORMS}"):
         where = f"{path}:{number}"
         if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
             raise ValueError(f"{where} must have either prompt or messages, got {line[:60]}; write {FORMS}")
-        if "messages" in record:
-            # As ids: the template has the special tokens already, which tokenizing a text would add again.
-            laid_out = tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True)
-            prompts.append(laid_out["input_ids"])
-        elif isinstance(record["prompt"], str):
-            prompts.append(tokenizer(record["prompt"])["input_ids"])
-        elif isinstance(record["prompt"], list):
-            prompts.append(record["prompt"])
-        else:
+        prompt = record.get("prompt")
+        if isinstance(prompt, list):
+            prompts[where] = token_row(prompt, where).tolist()
+            continue
+        if "prompt" in record and not isinstance(prompt, str):
             raise ValueError(f"{where} must have a text or token ids, got {line[:60]}; write {FORMS}")
+        if tokenizer is None:
+            raise ValueError(
+                f"no tokenizer in {model}; {where} needs one: save it there with "
+                f'tokenizer.save_pretrained("{model}"), or write every prompt as token ids'
+            )
+        # Chats as ids: the template has the special tokens already, which tokenizing a text would add again.
+        laid_out = (
+            tokenizer(prompt) if isinstance(prompt, str) else _chat(tokenizer, record["messages"], where)
+        )
+        prompts[where] = laid_out["input_ids"]
     if not prompts:
         raise ValueError(f"{path} must hold a prompt or more, got none; write {FORMS}")
     return prompts
+
+
+def _chat(tokenizer: Any, messages: Any, where: str) -> Any:
+    """Return messages as the tokenizer's template lays them out; ValueError if it cannot."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where} has messages, for which the tokenizer must have a chat template, got none; "
+            "write the prompt as a text, or set tokenizer.chat_template and save the tokenizer"
+        )
+    problem = f"{where} must have messages that the tokenizer's chat template takes"
+    remedy = 'a message is {"role": "user", "content": "text"}'
+    if not isinstance(messages, list) or not messages or not all(isinstance(x, dict) for x in messages):
+        raise ValueError(f"{problem}, got {str(messages)[:60]}; {remedy}")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except (ValueError, TypeError, TemplateError) as error:
+        raise ValueError(f"{problem}: {error}; {remedy}") from error
 
 
 class Answers:
@@ -73,7 +113,7 @@ class Answers:
             If the file belongs to another job.
         """
         asked = {**self.job.settings, "prompts": _digest(self.job.prompts)}
-        if not self.path.exists():
+        if not self.path.exists() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.note.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
             self.path.touch()
@@ -85,6 +125,10 @@ class Answers:
                 f"{self.path} holds answers of another job, with other {', '.join(differ)}; give --out "
                 "another file, or remove this one"
             )
+        return self.written()
+
+    def written(self) -> set[tuple[int, int]]:
+        """Return the answers in the file; a line that was cut off is removed."""
         whole = self.path.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]
         with self.path.open("r+b") as file:

@@ -95,6 +95,19 @@ def check_tokens(model: PreTrainedModel, given: Sequence[IntArray], begin: IntAr
             )
 
 
+def check_prompt(model: PreTrainedModel, ids: IntArray, new_tokens: int, name: str, before: int = 0) -> None:
+    """Raise a ValueError unless the model can answer `ids` [len], which follow `before` tokens."""
+    vocabulary, limit = model.get_input_embeddings().num_embeddings, max_positions(model)
+    if ids.size + before == 0:
+        raise ValueError(f"{name} must hold a token or more, got an empty prompt; leave it out")
+    check_vocabulary(ids, vocabulary, name)
+    if limit is not None and before + ids.size + new_tokens > limit:
+        raise ValueError(
+            f"{name} must leave room for max_new_tokens={new_tokens} in the model's {limit} "
+            f"positions, got {before + ids.size} tokens; shorten it or ask for fewer new tokens"
+        )
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions the model has been made for, if its configuration says so."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
