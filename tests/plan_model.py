@@ -113,6 +113,7 @@ class Account:
             self.num_pages = getattr(self, "num_pages", int(self.indptr[-1]) + 4)
             self.num_pages = max(self.num_pages, int(self.indptr[-1]))
             self.pages = rng.permutation(self.num_pages)[: self.indptr[-1]]
+        self.named = True  # a run may name the tables: they are on the host
         self.write()
 
     def write(self) -> None:
@@ -210,6 +211,7 @@ class Account:
             changes = {"tree": self.tree, "kv": self.kv}
         elif self.layout == "paged":
             changes = {"page_indices": self.pages}
+            self.named = True
         self.plan.update(self.new_lens() if self.may_grow else None, **changes)
         if self.reserve > 1:
             self.plan.update(self.planned_lens(), **changes)

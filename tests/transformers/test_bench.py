@@ -54,7 +54,7 @@ def test_a_row_has_all_ways_and_the_details(tmp_path: Path) -> None:
     # 8 steps attend to 1 to 8 tokens of a row's own: the middles of four parts are 1.5, 3.5 ...
     assert len(step["lengths"]) == 4
     assert sum(step["lengths"]) / 4 == pytest.approx(4.5, abs=0.6)
-    assert step["graph"] == torch.cuda.is_available()
+    assert not step["graph"]  # on a CPU
     assert details["whole"] > 0
     assert details["hf_generate"]["new_tokens"] == 8
     assert tree["first_level_only"] > 0
@@ -205,7 +205,7 @@ def test_goals(monkeypatch: pytest.MonkeyPatch) -> None:
         row("llama-3.1-8b", 256, 65536, ours=20, per_sequence_read=1),
     ]
     found = list(generation.goals(met))
-    assert [ok for _, _, ok in found] == [True] * 9 + [None, True], found
+    assert [ok for _, _, ok in found] == [True, None] + [True] * 8 + [None, True], found
     missed = [
         row("codellama-13b", 512, 16256, ours=3199, per_sequence_read=100),
         *(row(m, 256, 2048, **{**near, "roof_s": 1.99e-3}) for m in ("codellama-13b", "llama-3.1-8b")),
@@ -217,4 +217,4 @@ def test_goals(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     missed[-2]["details"]["step"]["ours"]["host_seconds"] = 10e-3
     found = list(generation.goals(missed))
-    assert [ok for _, _, ok in found] == [False] * 9 + [None, False], found
+    assert [ok for _, _, ok in found] == [False, None] + [False] * 8 + [None, False], found
