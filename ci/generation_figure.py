@@ -48,7 +48,18 @@ def main() -> None:
             axes.set(xlabel=over, ylabel="decode tokens/s", xscale="log", yscale="log")
             axes.set_title(f"{model}, {fixed} {value:,}", fontsize=10)
             axes.grid(alpha=0.3)
-    panels[0][0].legend(frameon=False, fontsize=8)
+            measured = sorted({int(row[over]) for row in points})
+            axes.set_xticks(measured, [f"{x:,}" for x in measured])
+            axes.set_xticks([], minor=True)
+    # each way once, whichever panel has it
+    shown = {
+        label: line
+        for axes in panels.flat
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        shown.values(), shown.keys(), frameon=False, fontsize=8, ncols=3, loc="outside lower center"
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)
     print(target)
