@@ -22,7 +22,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 REFERENCE_TESTS = ("state", "segment", "decomposed", "oracle", "precision", "mutants")
-WORK_TESTS = ("work", "work_plan", "apart", "runs", "ragged", "prefix_tiles", "tuning", "planted_kernels")
+WORK_TESTS = (
+    *("work", "work_plan", "apart", "runs", "ragged"),
+    *("prefix_tiles", "tuning", "measured_choices", "planted_kernels"),
+)
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "out" / "mutate"
 # What is mutated, and the tests that must notice; kernels, which are slow, only where they are needed.

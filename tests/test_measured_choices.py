@@ -1,0 +1,74 @@
+"""What planning chooses for shapes whose alternatives have been timed on an H200 (docs/experiments.md).
+
+Any choice computes the same, so only these tests see a slip in a cost formula. Where a measurement says
+otherwise one day, the table changes with the experiment that says so.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hydragen import PrefixTree
+from hydragen.prefix_tiles import PREFIX_TILES
+from hydragen.queries import Heads, Queries
+from hydragen.target import H200
+from hydragen.work import find_segments
+
+WIDE = replace(PREFIX_TILES["wide"], persistent=True)
+NARROW = replace(PREFIX_TILES["narrow+2"], persistent=True)
+SINGLE, OF_256 = PREFIX_TILES["single"], PREFIX_TILES["256"]
+# query heads, KV heads, head_dim, batch, prefix, suffix; of the prefix its tile (rows, keys a step, the
+# specialised one) and splits; of a suffix KV heads per program; the section of docs/experiments.md.
+SHARED = [
+    (32, 8, 128, 64, 4096, 128, (64, 64, SINGLE), 4, 2, "10"),
+    (32, 8, 128, 256, 16384, 128, (128, 64, WIDE), 2, 2, "10, 20"),
+    (32, 32, 128, 256, 16384, 128, (64, 64, SINGLE), 1, 8, "10"),
+    (32, 8, 128, 1024, 4096, 128, (128, 64, NARROW), 1, 4, "10"),
+    (32, 8, 128, 64, 16384, 128, (128, 64, WIDE), 8, 2, "10"),
+    (32, 8, 128, 64, 4096, 512, (64, 64, SINGLE), 2, 2, "12"),
+    (32, 32, 128, 64, 4096, 512, (64, 64, None), 1, 1, "12"),
+    (40, 40, 128, 256, 16256, 64, (128, 64, NARROW), 3, 8, "21"),
+    (8, 1, 128, 2048, 1024, 128, (128, 64, NARROW), 1, 1, "21"),
+    (32, 8, 64, 256, 4096, 128, (128, 64, NARROW), 2, 4, "17"),
+    (32, 8, 256, 256, 4096, 128, (64, 16, OF_256), 1, 4, "17"),
+    (32, 8, 256, 64, 16384, 128, (64, 16, OF_256), 4, 1, "17"),
+    (32, 32, 128, 16, 131072, 128, (16, 32, None), 50, 1, "16"),
+]
+# query heads, KV heads, batch, prefix, suffix; keys a step and splits of each row's own run; the section.
+APART = [
+    (32, 8, 1, 16384, 128, 32, 31, "16"),
+    (32, 8, 1, 2048, 64, 32, 14, "16"),
+    (32, 8, 16, 128, 64, 64, 1, "15"),
+    (32, 8, 4, 128, 64, 64, 1, "15"),
+]
+
+
+def segments(q_heads: int, kv_heads: int, head_dim: int, batch: int, prefix: int, suffix: int):
+    tree = PrefixTree.from_levels([[prefix], [suffix] * batch])
+    queries = Queries.of(tree, np.arange(batch), np.ones(batch, np.int64))
+    heads = Heads(q_heads, kv_heads, head_dim, head_dim, 2)
+    return find_segments(tree, tree.kv_lens, queries, heads, H200, batch_invariant=False)
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: "-".join(map(str, case[:6])))
+def test_a_shared_prefix(case) -> None:
+    *sizes, (rows, keys, prefix_tile), splits, suffix_heads, _ = case
+    found, tiles = segments(*sizes)
+    tile = tiles[found.tile[0]]
+    assert (tile.block_m, tile.block_n, tile.prefix) == (rows, keys, prefix_tile)
+    assert -(-found.kv_len[0] // found.split_size[0]) == splits
+    assert found.num_tok[0] == sizes[3]
+    assert set(found.heads[1:].tolist()) == {suffix_heads}
+    assert {tiles[index].block_m for index in found.tile[1:]} == {16}
+    assert (found.split_size[1:] >= found.kv_len[1:]).all()
+
+
+@pytest.mark.parametrize("case", APART, ids=lambda case: "-".join(map(str, case[:5])))
+def test_a_prefix_that_each_row_reads_by_itself(case) -> None:
+    q_heads, kv_heads, batch, prefix, suffix, keys, splits, _ = case
+    found, tiles = segments(q_heads, kv_heads, 128, batch, prefix, suffix)
+    assert found.node.size == batch
+    assert (found.kv_len == prefix + suffix).all()
+    assert {(tiles[index].block_m, tiles[index].block_n) for index in found.tile} == {(16, keys)}
+    assert set((-(-found.kv_len // found.split_size)).tolist()) == {splits}
