@@ -82,7 +82,7 @@ def test_compiled_packed_tree_equals_eager(tensors: tuple[Tensor, ...]) -> None:
         return hydragen.attention(q, hydragen.PackedKV(k, v, offsets), tree=tree, kv_lens=lens, causal=True)
 
     lens = torch.tensor([PREFIX, 3, 10, 0, 7])
-    assert torch.equal(compiled(attend)(q, lens), attend(q, lens))  # type: ignore[arg-type]
+    assert torch.equal(compiled(attend)(q, lens), attend(q, lens))
 
 
 Attend = Callable[[Tensor, object, object], object]
@@ -90,17 +90,17 @@ Attend = Callable[[Tensor, object, object], object]
 
 def of_packed(q: Tensor, offsets: object, _indices: object) -> object:
     k, v = POOL.flatten(1, 2)
-    return hydragen.attention(q, hydragen.PackedKV(k, v, offsets))  # type: ignore[arg-type]
+    return hydragen.attention(q, hydragen.PackedKV(k, v, offsets))
 
 
 def of_levels(q: Tensor, offsets: object, _indices: object) -> object:
     k, v = POOL.flatten(1, 2)
     prefix = k[None, :7], v[None, :7]
-    return hydragen.attention(q, [prefix, hydragen.PackedKV(k, v, offsets)])  # type: ignore[arg-type]
+    return hydragen.attention(q, [prefix, hydragen.PackedKV(k, v, offsets)])
 
 
 def of_pages(q: Tensor, offsets: object, indices: object) -> object:
-    return hydragen.attention(q, hydragen.PagedKV(*POOL, offsets, indices))  # type: ignore[arg-type]
+    return hydragen.attention(q, hydragen.PagedKV(*POOL, offsets, indices))
 
 
 POOL = torch.randn(2, 6, 1, 2, 16, generator=torch.Generator().manual_seed(4))
@@ -121,7 +121,7 @@ def test_a_graph_follows_its_offsets(
         offsets, indices = OFFSETS[number], INDICES[number]
         expected = attend(tensors[0], give(offsets), give(indices))
         assert isinstance(expected, Tensor)
-        assert torch.equal(graph(tensors[0], give(offsets), give(indices)), expected)  # type: ignore[arg-type]
+        assert torch.equal(graph(tensors[0], give(offsets), give(indices)), expected)
         seen.append(expected)
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
@@ -141,7 +141,7 @@ def test_offsets_changed_in_place_are_followed(
     graph = compiled(attend)
     for changed in OFFSETS:
         offsets[:] = give(changed)
-        assert torch.equal(graph(tensors[0]), attend(tensors[0]))  # type: ignore[arg-type]
+        assert torch.equal(graph(tensors[0]), attend(tensors[0]))
 
 
 @pytest.mark.parametrize("give", [list, torch.tensor], ids=lambda give: give.__name__)
@@ -168,7 +168,7 @@ def test_a_plan_in_a_graph_refuses_other_tables_than_its_own(
     own = {"packed": (k, v), "levels": [(k, v)], "pages": tuple(POOL)}[layout]
     expected = attend(q, own)
     for right in (own, kv_of(OFFSETS[0], INDICES[0])):
-        assert torch.equal(graph(q, right), expected)  # type: ignore[arg-type]
+        assert torch.equal(graph(q, right), expected)
     wrong = [kv_of(OFFSETS[1], INDICES[0]), [(k, v), (k, v)]]
     if layout == "pages":
         wrong.append(kv_of(OFFSETS[0], INDICES[2]))

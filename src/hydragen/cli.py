@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,11 +76,11 @@ def generate(
     Answers are written as they finish. After an interruption the same command goes on where it stopped:
     nothing is lost and nothing is made twice. A larger n adds answers to those that are there.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - with what is slow
+    from tqdm import tqdm
 
-    from hydragen.transformers import stream  # noqa: PLC0415 - slow
-    from hydragen.transformers.jsonl import Answers, Job, read_prompts  # noqa: PLC0415 - slow
-    from hydragen.transformers.pretrained import check_name, tokenizer_of  # noqa: PLC0415 - slow
+    from hydragen.transformers import stream
+    from hydragen.transformers.jsonl import Answers, Job, read_prompts
+    from hydragen.transformers.pretrained import check_name, tokenizer_of
 
     draws = temperature != 0 and (temperature is not None or n > 1 or top_k is not None or top_p is not None)
     sampling: dict[str, Any] = {"do_sample": draws}
@@ -154,9 +156,9 @@ def bench(
     off; the prefix stored once but read by every sequence; transformers' generate with the prefix copied; and
     the bound, which is attention switched off plus the least time its memory traffic and arithmetic take.
     """
-    from hydragen.transformers.bench import run  # noqa: PLC0415 - slow
-    from hydragen.transformers.bench_cases import Case, random_model  # noqa: PLC0415 - slow
-    from hydragen.transformers.bench_files import Results  # noqa: PLC0415 - slow
+    from hydragen.transformers.bench import run
+    from hydragen.transformers.bench_cases import Case, random_model
+    from hydragen.transformers.bench_files import Results
 
     with told():
         label = name or config_name(config)
@@ -195,43 +197,37 @@ def demo(
     runpy.run_module("hydragen.demo", run_name="__main__")
 
 
-class told:  # noqa: N801  (reads as a statement: with told():)
+@contextmanager
+def told() -> Iterator[None]:
     """Turn mistakes that the library explains into a message and exit status 2."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | TypeError | OSError | MemoryError):
-            typer.echo(f"hydragen: {error}", err=True)
-            raise typer.Exit(2) from error
+    try:
+        yield
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        typer.echo(f"hydragen: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
-class goes_on:  # noqa: N801  (reads as a statement: with goes_on(answers):)
+@contextmanager
+def goes_on(answers: Answers) -> Iterator[None]:
     """Say after Ctrl-C what is written and how to go on; typer ends with status 130."""
-
-    def __init__(self, answers: Answers) -> None:
-        self.answers = answers
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            # Counted in the file: the interruption may have come between a line and its count.
-            count, path = len(self.answers.written()), self.answers.path
-            typer.echo(
-                f"\nhydragen: interrupted; {count:,} answers are in {path}, and the same command goes on "
-                "from there",
-                err=True,
-            )
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Counted in the file: the interruption may have come between a line and its count.
+        count = len(answers.written())
+        typer.echo(
+            f"\nhydragen: interrupted; {count:,} answers are in {answers.path}, and the same command goes on "
+            "from there",
+            err=True,
+        )
+        raise
 
 
 def check_prompts(model: Any, prompts: dict[str, list[int]], new_tokens: int) -> None:
     """Raise a ValueError that names file and line of a prompt which the model cannot answer."""
-    import numpy as np  # noqa: PLC0415 - slow
+    import numpy as np
 
-    from hydragen.transformers.support import check_prompt  # noqa: PLC0415 - slow
+    from hydragen.transformers.support import check_prompt
 
     for where, ids in prompts.items():
         check_prompt(model, np.array(ids, dtype=np.int64), new_tokens, where)
@@ -244,7 +240,7 @@ def config_name(path: Path) -> str:
 
 def load(path: str, dtype: Dtype, device: str) -> Any:
     """Load a model with the hydragen attention."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="hydragen", dtype=dtype.value)
     return model.to(pick(device)).eval()
@@ -252,7 +248,7 @@ def load(path: str, dtype: Dtype, device: str) -> Any:
 
 def pick(device: str) -> str:
     """Return the device to use."""
-    import torch  # noqa: PLC0415 - slow
+    import torch
 
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 

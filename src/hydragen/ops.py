@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hydragen.handles import of_handle
 from hydragen.kv import KV, PackedKV, PagedKV
-from hydragen.transforms import in_transform
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
+from hydragen_reference.segment import in_transform
 
 _OUT_OF_GRAPH = "leave it out of the graph: torch.compiler.disable(hydragen.attention)(...)"
 

@@ -11,11 +11,11 @@ from hydragen.backends import Backend, Ready
 from hydragen.backends.tokens import needs_positions
 from hydragen.lengths import KVLens
 from hydragen.plan_state import PlanState
-from hydragen.transforms import in_transform
 from hydragen.types import AttentionState
 from hydragen.validation import Call, check_options
 from hydragen.validation.planned import Planned, check_run
 from hydragen.work import WorkPlan
+from hydragen_reference.segment import in_transform
 
 # Types of options; values of all of them can be looked up.
 _ALLOWED = frozenset({type(None), bool, int, float, torch.dtype})

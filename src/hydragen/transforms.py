@@ -9,21 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-
-def in_transform() -> bool:
-    """Whether tensors may be wrapped or carry tangents: in a function transform, or at a dual level.
-
-    Asked at every run of a plan, so it must be cheap: it takes 0.1 µs.
-    """
-    # torch has no public name for either question
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # noqa: SLF001
+from hydragen_reference.segment import in_transform
 
 
 def wraps_memory() -> bool:
     """Whether a transform wraps what is allocated now, so that it is of no use afterwards."""
-    if not torch._C._are_functorch_transforms_active():  # noqa: SLF001 - as above
+    if not torch._C._are_functorch_transforms_active():  # noqa: SLF001 - torch has no public name
         return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(torch.empty(0))  # noqa: SLF001 - the same
+    return torch._C._functorch.is_functorch_wrapped_tensor(torch.empty(0))  # noqa: SLF001 - nor for this
 
 
 @contextmanager
