@@ -182,8 +182,8 @@ def fuzz(seed: int, plans: int, steps: int, backend: str, device: torch.device) 
     return right, refused
 
 
-# Some thousand steps; where each takes longer, fewer: a second in Triton's interpreter, a tenth on a GPU, whose
-# results are read back.
+# Some thousand steps; where each takes longer, fewer: a second in Triton's interpreter, a tenth on a GPU,
+# whose results are read back.
 AMOUNTS = {"reference": (8, 50, 12), "interpreter": (1, 3, 8), "gpu": (2, 20, 12)}
 
 
@@ -202,7 +202,7 @@ def test_a_plan_follows_its_account(backend: str, device: torch.device) -> None:
 def test_a_plan_follows_its_account_of_tables_that_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a run cannot name page numbers on the device by those on the host."""
     monkeypatch.setattr(tables, "on_device", lambda given: isinstance(given, Tensor))
-    right, refused = fuzz(1, 50, 12, "reference", torch.device("cpu"))
+    right, refused = fuzz(0, 50, 12, "reference", torch.device("cpu"))
     assert right > 300
     assert refused > 75
 
