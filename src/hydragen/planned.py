@@ -14,7 +14,7 @@ from hydragen.kv import KV
 from hydragen.lengths import KVLens, check_kv_lens
 from hydragen.ops import implement_run, run_in_graph
 from hydragen.plan_state import PlanState, lasting
-from hydragen.runner import Options, Runner
+from hydragen.runner import Runner
 from hydragen.target import target_of
 from hydragen.transforms import check_no_transform
 from hydragen.tree import PrefixTree
@@ -110,11 +110,13 @@ class Plan:
         TypeError, ValueError
             If the tensors are not those that the plan was made for, or options are out of range.
         """
-        arguments = (q, kv, scale, causal, window, softcap, sinks, return_lse, out_dtype)
         if torch.compiler.is_compiling():
-            state = run_in_graph(self.handle, *arguments)
+            state = run_in_graph(
+                self.handle, q, kv, scale, causal, window, softcap, sinks, return_lse, out_dtype
+            )
         else:
-            state = self.state(*arguments)
+            options = (scale, causal, window, softcap, return_lse, out_dtype)
+            state = self._runner.run(self._planned, self._work, self._state, q, kv, sinks, options)
         return state if return_lse else state.out
 
     def update(
@@ -236,8 +238,8 @@ class Plan:
         out_dtype: torch.dtype | None,
     ) -> AttentionState:  # fmt: skip
         """`run`, which explains the arguments, outside of a graph, as (out, lse)."""
-        given = Options(scale, causal, window, softcap, return_lse, out_dtype)
-        return self._runner.run(self._planned, self._work, self._state, q, kv, sinks, given)
+        options = (scale, causal, window, softcap, return_lse, out_dtype)
+        return self._runner.run(self._planned, self._work, self._state, q, kv, sinks, options)
 
     def _make_work(self, planned: Planned, lens: KVLens) -> WorkPlan:
         capacity = self._capacity

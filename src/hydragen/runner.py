@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +22,10 @@ from hydragen_reference.segment import in_transform
 # Types of options; values of all of them can be looked up.
 _ALLOWED = frozenset({type(None), bool, int, float, torch.dtype})
 
+_DESCRIBED = attrgetter("shape", "dtype", "device", "requires_grad")
+
 # A plan's layers and options come in a few kinds; where they never repeat, they must not pile up.
 _MOST_KINDS = 256
-
-
-class Options(NamedTuple):
-    """Of one run, as given."""
-
-    scale: Any
-    causal: Any
-    window: Any
-    softcap: Any
-    return_lse: Any
-    out_dtype: Any
 
 
 class Runner:
@@ -51,14 +44,22 @@ class Runner:
         self._ready.clear()
 
     def run(
-        self, planned: Planned, work: WorkPlan, state: PlanState, q: Any, kv: Any, sinks: Any, given: Options
+        self,
+        planned: Planned,
+        work: WorkPlan,
+        state: PlanState,
+        q: Any,
+        kv: Any,
+        sinks: Any,
+        options: tuple[Any, ...],
     ) -> AttentionState:
         """Compute one call.
 
         Parameters
         ----------
         planned, work, state : the plan's
-        q, kv, sinks, given : as given to `Plan.run`
+        q, kv, sinks : as given to `Plan.run`
+        options : scale, causal, window, softcap, return_lse and out_dtype, as given to it
 
         Raises
         ------
@@ -66,72 +67,60 @@ class Runner:
             As `Plan.run` says.
         """
         # what a transform does to a tensor does not show in its shape, nor in any other part of a key
-        again = None if in_transform() else _recognise(q, kv, planned.nodes.by_level, sinks, given)
-        if again is not None and (ready := self._ready.get(again.key)) is not None:
-            return ready(q, again.k, again.v, sinks)
+        again = None if in_transform() else _recognise(q, kv, planned.nodes.by_level, sinks, options)
+        if again is not None:
+            key, k, v = again
+            ready = self._ready.get(key)
+            if ready is not None:
+                return ready(q, k, v, sinks)
         q, nodes = check_run(planned, q, kv)
-        options = check_options(
-            q,
-            given.scale,
-            given.causal,
-            given.window,
-            given.softcap,
-            sinks,
-            given.return_lse,
-            given.out_dtype,
-        )
+        scale, causal, window, softcap, return_lse, out_dtype = options
+        checked = check_options(q, scale, causal, window, softcap, sinks, return_lse, out_dtype)
         rows = planned.rows
         call = Call(
             q, rows.starts, rows.lens, rows.cu_seqlens_q, nodes, planned.tree, KVLens(work.kv_lens),
-            planned.heads, options,
+            planned.heads, checked,
         )  # fmt: skip
         tokens = state.tokens(planned, work, needs_positions(work, call))
         if again is not None and (ready := self._backend.ready(work, call, tokens)) is not None:
             if len(self._ready) >= _MOST_KINDS:
                 self._ready.clear()
-            self._ready[again.key] = ready
-            return ready(q, again.k, again.v, sinks)
+            key, k, v = again
+            self._ready[key] = ready
+            return ready(q, k, v, sinks)
         return self._backend.run(work, call, tokens)
 
 
-class _Recognised(NamedTuple):
-    """A call in a form to be looked up.
+def _recognise(
+    q: Any, kv: Any, by_level: bool, sinks: Any, options: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """Return all that checks look at, so that equal keys mean equal outcomes, and the levels' k and v.
 
-    Attributes
-    ----------
-    key : tuple
-        All that checks look at: equal keys, equal outcome.
-    k, v : tuples of tensors
-        Keys and values of each level, or of all nodes.
+    None where only the checks can tell: unless keys and values are plain tensors in a pair, or in a list of
+    pairs where they come by level. This runs before every launch, and is written for that.
     """
-
-    key: tuple[Any, ...]
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
-
-
-def _recognise(q: Any, kv: Any, by_level: bool, sinks: Any, given: Options) -> _Recognised | None:
-    """Return a call in a form to be looked up; None: only the checks can tell.
-
-    So it is unless keys and values are plain tensors in a pair, or in a list of pairs where they come by
-    level.
-    """
-    if type(kv) not in (list, tuple):
+    if type(kv) is not tuple and type(kv) is not list:
         return None
-    pairs = kv if by_level else [kv]
-    for pair in pairs:
+    for pair in kv if by_level else (kv,):
         if type(pair) is not tuple or len(pair) != 2:
             return None
-    k = tuple([pair[0] for pair in pairs])
-    v = tuple([pair[1] for pair in pairs])
-    described: list[Any] = []
-    for x in (q, *k, *v) if sinks is None else (q, *k, *v, sinks):
-        # nested ones have no shape, sparse ones no strides, and a sign kept aside is not in the memory
-        if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.is_neg():
-            return None
-        described += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+    tensors = [q, *chain.from_iterable(kv)] if by_level else [q, *kv]
+    if sinks is not None:
+        tensors.append(sinks)
+    key: list[Any] = []
+    try:
+        for x in tensors:
+            # a sign kept aside is not in the memory
+            if type(x) is not Tensor or x.is_neg():
+                return None
+            key += _DESCRIBED(x)
+            key.append(x.stride())
+    except RuntimeError:  # nested tensors have no shape, and sparse ones no strides
+        return None
     # 1, 1.0 and True are equal, and not all of them are allowed
-    kinds = [option.__class__ for option in given]
+    kinds = tuple(map(type, options))
     if not _ALLOWED.issuperset(kinds):
         return None
-    return _Recognised((*described, *given, *kinds, len(k), torch.is_grad_enabled()), k, v)
+    key += options
+    last = 1 + 2 * len(kv) if by_level else 3
+    return (*key, kinds, last, torch.is_grad_enabled()), tuple(tensors[1:last:2]), tuple(tensors[2:last:2])

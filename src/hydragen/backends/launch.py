@@ -74,7 +74,7 @@ class Launcher:
 
 def alignment(tensors: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
     """Return which tensors begin at a multiple of 16 bytes; None stands for one of our own."""
-    return tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+    return tuple([x is None or not x.data_ptr() & 15 for x in tensors])
 
 
 def _specialisation(number: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydragen.backends.launch import LOG2_E, Launcher
+from hydragen.backends.launch import LOG2_E, Launcher, alignment
 from hydragen.backends.tokens import Tokens
 from hydragen.kv import NodeKV, Strides
 from hydragen.layout import ITEM_COLUMNS, Launch
@@ -51,31 +51,32 @@ class PrefixLauncher:
     def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
         """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them."""
         q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, token, _, _, kv_lens, _ = tensors
-        descriptors: list[Any] = []
+        if not all(aligned):
+            used = [x for levels in (ks, vs) for x in (levels[level] for level in self._levels)]
+            if not all(alignment(tuple(used))):
+                self._plain(tensors, aligned)
+                return
+        descriptors: list[Any] = [q]
         for side, levels in enumerate((ks, vs)):
             for level in self._levels:
-                if levels[level].data_ptr() % 16:
-                    self._plain(tensors, aligned)
-                    return
-                descriptors.append(self._descriptor(side, level, levels[level]))
+                x = levels[level]
+                fields = self._fields.get((side, level, x.shape)) or self._describe(side, level, x)
+                # Making one anew checks for microseconds what cannot have changed.
+                described = object.__new__(TensorDescriptor)
+                described.__dict__ = {**fields, "base": x}
+                descriptors.append(described)
             descriptors += self._none
-        self._launcher((q, *descriptors, out, lse, part_out, part_lse, sinks, items, token, kv_lens), aligned)
+        self._launcher((*descriptors, out, lse, part_out, part_lse, sinks, items, token, kv_lens), aligned)
 
-    def _descriptor(self, side: int, level: int, x: Tensor) -> Any:
+    def _describe(self, side: int, level: int, x: Tensor) -> dict[str, Any]:
         """Describe k (0) or v (1) of a level as [keys of all slots, num_kv_heads * head_dim]."""
         slot, row, head, _ = self._strides[side][level]
-        key = (side, level, x.shape)
-        fields = self._fields.get(key)
-        if fields is None:
-            tokens = x.shape[-3]
-            rows = tokens if x.dim() == 3 or x.shape[0] == 1 else (x.shape[0] - 1) * (slot // row) + tokens
-            shape, block = [rows, x.shape[-2] * head], [self._tile.block_n, head]
-            fields = self._fields[key] = dict(vars(TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)))
-            fields["base"] = None
-        # Making one anew checks for microseconds what cannot have changed.
-        described = object.__new__(TensorDescriptor)
-        vars(described).update(fields, base=x)
-        return described
+        tokens = x.shape[-3]
+        rows = tokens if x.dim() == 3 or x.shape[0] == 1 else (x.shape[0] - 1) * (slot // row) + tokens
+        shape, block = [rows, x.shape[-2] * head], [self._tile.block_n, head]
+        fields = dict(vars(TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)), base=None)
+        self._fields[side, level, x.shape] = fields
+        return fields
 
 
 def serves(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch, fold_scale: bool) -> bool:

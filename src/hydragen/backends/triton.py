@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,45 +59,62 @@ class Ready:
         self._plan = plan
         self._out_dtype, self._return_lse = options.out_dtype, options.return_lse
         self._out_shape, self._lse_shape = (*q.shape[:-1], plan.heads.head_dim_v), q.shape[:-1]
+        # an allocation that has nothing to look up takes half the time
+        self._like_q = q.is_contiguous() and (self._out_shape, self._out_dtype) == (q.shape, q.dtype)
         self._empty = q.numel() == 0
-        self._attends, self._merges = _launchers(plan, call, tokens)
+        self._gpu = q.device.index if q.device.type == "cuda" else None
+        attends, self._merges = _launchers(plan, call, tokens)
         tables = _tables(plan, q.device)
-        self._items, self._no_lse = tables.items, tables.no_lse
+        self._workspace: _Workspace | None = plan.uploads.get(("workspace", q.device))
+        self._no_lse = tables.no_lse
         any_ints = tables.merge_indptr  # stands for pointers that this call does not use
         token = any_ints if tokens.token is None else tokens.token
-        self._ints = (
+        ints = (
             token,
             any_ints if tokens.q_pos is None else tokens.q_pos,
             any_ints if tokens.kv_start is None else tokens.kv_start,
             any_ints if tokens.kv_lens is None else tokens.kv_lens,
             any_ints if pages is None else pages.indices,
         )
+        self._attends = [
+            (launch, (*items, *ints)) for launch, items in zip(attends, tables.items, strict=True)
+        ]
         self._merge_ints = (tables.merge_indptr, tables.merge_indices, token)
-        self._aligned = alignment((tokens.kv_lens, self._ints[-1]))
+        self._ints_aligned = alignment((tokens.kv_lens, ints[-1]))
 
     def __call__(
         self, q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], sinks: Tensor | None
     ) -> AttentionState:
         """Compute one call with these tensors."""
-        plan = self._plan
-        out = q.new_empty(self._out_shape, dtype=self._out_dtype)
+        out = torch.empty_like(q) if self._like_q else q.new_empty(self._out_shape, dtype=self._out_dtype)
         lse = q.new_empty(self._lse_shape, dtype=torch.float32) if self._return_lse else self._no_lse
         if self._empty:
             return AttentionState(out, lse)
-        workspace: _Workspace | None = plan.uploads.get(("workspace", q.device))
-        part_out, part_lse = _workspace(plan, q.device) if workspace is None else workspace
+        if self._gpu is None or self._gpu == torch.cuda.current_device():
+            self._launch(q, k, v, out, lse, sinks)
+        else:
+            with torch.cuda.device(self._gpu):
+                self._launch(q, k, v, out, lse, sinks)
+        return AttentionState(out, lse)
+
+    def _launch(
+        self,
+        q: Tensor,
+        k: tuple[Tensor, ...],
+        v: tuple[Tensor, ...],
+        out: Tensor,
+        lse: Tensor,
+        sinks: Tensor | None,
+    ) -> None:
+        part_out, part_lse = self._workspace or _workspace(self._plan, q.device)
         sinks = None if sinks is None else sinks.contiguous()  # the kernels take no stride for them
         some_sinks = part_lse if sinks is None else sinks
-        with _on_device(q):
-            if self._attends:
-                aligned = alignment((q, *k, *v, sinks)) + self._aligned
-                buffers = (q, k, v, out, lse, part_out, part_lse, some_sinks)
-                for launcher, items in zip(self._attends, self._items, strict=True):
-                    launcher((*buffers, *items, *self._ints), aligned)
-            if self._merges is not None:
-                partials = (part_out, part_lse, out, lse, some_sinks, *self._merge_ints)
-                self._merges(partials, alignment((sinks,)))
-        return AttentionState(out, lse)
+        aligned = alignment((q, *k, *v, sinks))
+        buffers = (q, k, v, out, lse, part_out, part_lse, some_sinks)
+        for launch, ints in self._attends:
+            launch(buffers + ints, aligned + self._ints_aligned)
+        if self._merges is not None:
+            self._merges((part_out, part_lse, out, lse, some_sinks, *self._merge_ints), aligned[-1:])
 
 
 def run(plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionState:
@@ -229,10 +245,3 @@ def _check_supported(call: Call) -> None:
     )
     if not math.isfinite(options.scale * LOG2_E):
         raise ValueError(f"scale must be finite in base 2, got {options.scale}; choose a smaller one")
-
-
-def _on_device(q: Tensor) -> AbstractContextManager[object]:
-    """Launch on q's GPU even if another is current."""
-    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(q.device)
