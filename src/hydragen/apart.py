@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hydragen.forest import path_sums
 from hydragen.host_ints import IntArray
 from hydragen.queries import Heads, Queries
+from hydragen.ragged import changes
 from hydragen.target import Target
 from hydragen.tiles import Tile
 from hydragen.tree import PrefixTree
@@ -36,10 +37,10 @@ def is_small(
     target : Target
     """
     last = tree.row_to_node[queries.row]
-    changes = np.flatnonzero(last[1:] != last[:-1]) + 1
-    if not last.size or (changes.size + 1) * heads.num_kv_heads > _SMALL_PROGRAMS * target.num_sms:
+    begin = changes(last)  # of the tokens that end at one node
+    if not last.size or begin.size * heads.num_kv_heads > _SMALL_PROGRAMS * target.num_sms:
         return False
-    if int(np.diff(changes, prepend=0, append=last.size).max()) * heads.group_size > tile.block_m:
+    if int(np.diff(begin, append=last.size).max()) * heads.group_size > tile.block_m:
         return False
     steps = path_sums(tree.parents, -(-kv_lens // tile.step))  # nodes that nobody attends to do not count
     return int(steps[last].max()) <= _SMALL_STEPS
@@ -61,9 +62,12 @@ def apart_nodes(
         `is_small`: all nodes are but the last of each path.
     """
     tokens = queries.end - queries.begin
-    child = np.flatnonzero(tree.parents >= 0)
-    parent = tree.parents[child]
-    same = (tokens[child] == tokens[parent]) & (tokens[parent] * heads.group_size <= tile.block_m)
+    joins = tree.parents >= 0  # its parent is attended with it
+    if not small:
+        joins &= tokens == tokens[tree.parents]
+        joins &= tokens <= tile.block_m // heads.group_size
+    if not joins.any():
+        return None
     apart = np.zeros(tree.num_nodes, np.bool_)
-    apart[parent if small else parent[same]] = True
-    return apart if apart.any() else None
+    apart[tree.parents[joins]] = True
+    return apart

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.queries import Heads, Queries
-from hydragen.ragged import descending, expand, offsets, ranges
+from hydragen.ragged import changes, descending, expand, offsets, ranges
 from hydragen.runs import Runs
 from hydragen.tiles import Tile
 
@@ -23,6 +23,8 @@ ITEM_COLUMNS = (
 )
 # The columns of the table of links, as kernels/segment.py reads them: an item's segments from the third on.
 LINK_COLUMNS = ITEM_COLUMNS[:5]
+_FIRST, _SECOND = slice(0, 5), slice(11, 16)
+_TOK_BEGIN, _NUM_TOK, _ROW_BEGIN, _DEST, _NUM_SEGMENTS, _LINK_BEGIN = range(5, 11)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,97 +95,70 @@ def lay_out_work(
 
     With `may_be_final` there is no merge where every token has one partial.
     """
-    num_splits = -(-segments.kv_len // segments.split_size)
-    split_of, split = expand(num_splits)
-    begin = split * segments.split_size[split_of]
-    end = np.minimum(begin + segments.split_size[split_of], segments.kv_len[split_of])
-    tok_begin, num_tok = segments.tok_begin[split_of], segments.num_tok[split_of]
-    partials_before = offsets(num_tok)
+    split_of, split = expand(-(-segments.kv_len // segments.split_size))
+    size = segments.split_size[split_of]
+    begin = split * size
+    end = np.minimum(begin + size, segments.kv_len[split_of])
     pieces = _pieces(segments, kv_lens, split_of, begin, end)
-
-    num_tokens = queries.token.size
-    token_of_partial = ranges(tok_begin, num_tok)
-    partials_per_token = np.bincount(token_of_partial, minlength=num_tokens)
-    final = may_be_final and bool((partials_per_token == 1).all())
+    num_tok = segments.num_tok[split_of]
+    partials_before = offsets(num_tok)
 
     # One launch per kind of tile. The largest first: they are bound by compute, and what follows fills the
     # room they leave. Of each the longest items first, so that the hardware scheduler balances the end; equal
     # ones stay neighbours.
-    tile_of, together = segments.tile[split_of], segments.heads[split_of]
-    order = descending(pieces.num_keys)
-    order = order[descending(tile_of[order])]
-    block_m = np.array([tile.block_m for tile in tiles])[tile_of]
-    blocks = -(-num_tok * heads.group_size * together // block_m)[order]
-    which, block = expand(blocks)
+    tile_of = segments.tile[split_of]
+    order = descending(tile_of, pieces.num_keys)
+    block_m = np.array([tile.block_m for tile in tiles])[segments.tile]
+    blocks = -(-segments.num_tok * (segments.heads * heads.group_size) // block_m)
+    which, block = expand(blocks[split_of[order]])
     source = order[which]
-    num_pieces = np.diff(pieces.indptr)
-    count = num_pieces[source]
-    first = pieces.columns(nodes, pieces.indptr[source])
-    # where there is no second segment the first stands once more, unread
-    several = count > 1
-    second = pieces.columns(nodes, pieces.indptr[source] + several) if several.any() else first
-    further = offsets(np.maximum(num_pieces[order] - 2, 0))
-    columns = {
-        **dict(zip(LINK_COLUMNS, first, strict=True)),
-        "tok_begin": tok_begin[source],
-        "num_tok": num_tok[source],
-        "row_begin": block * block_m[source],
-        "dest": partials_before[source],
-        "num_segments": count,
-        "link_begin": further[which],
-        **dict(zip(ITEM_COLUMNS[-len(LINK_COLUMNS) :], second, strict=True)),
-    }
-    table = np.empty((source.size, len(ITEM_COLUMNS)), np.int32)
-    for index, name in enumerate(ITEM_COLUMNS):
-        table[:, index] = columns[name]
-    links = _links(pieces, nodes, order, further)
+    run = split_of[source]
+    columns = np.empty((len(ITEM_COLUMNS), which.size), np.int32)
+    columns[_TOK_BEGIN] = segments.tok_begin[run]
+    columns[_NUM_TOK] = segments.num_tok[run]
+    columns[_ROW_BEGIN] = block * block_m[run]
+    columns[_DEST] = partials_before[source]
+    links = _fill_pieces(columns, pieces, nodes, order, which)
+    table = columns.T.copy()
     launches = []
-    changes = np.flatnonzero(np.diff(tile_of[order], prepend=-1)).tolist()
-    items_before = offsets(blocks)
-    for begins, ends in pairwise([*changes, order.size]):
-        items = table[items_before[begins] : items_before[ends]]
-        items[:, ITEM_COLUMNS.index("link_begin")] -= further[begins]
-        of_tile = tiles[tile_of[order[begins]]], int(together[order[begins]])
-        launches.append(Launch(*of_tile, items, links[further[begins] : further[ends]]))
+    tile_of = segments.tile[run]
+    for first, last in pairwise([*changes(tile_of).tolist(), tile_of.size]):
+        tile, together = tiles[int(tile_of[first])], int(segments.heads[run[first]])
+        launches.append(_launch(tile, together, table[first:last], links))
 
-    if final:
+    num_partials, num_tokens = int(partials_before[-1]), queries.token.size
+    token = ranges(segments.tok_begin[split_of], num_tok, partials_before)
+    per_token = np.bincount(token, minlength=num_tokens)
+    if may_be_final and num_partials == num_tokens and bool((per_token == 1).all()):
         empty = np.zeros(0, np.int32)
         return Work(segments, tiles, tuple(launches), True, 0, empty, empty)
-    order = np.argsort(token_of_partial, kind="stable")
-    indptr = offsets(partials_per_token)
-    return Work(
-        segments,
-        tiles,
-        tuple(launches),
-        False,
-        int(partials_before[-1]),
-        indptr.astype(np.int32),
-        order.astype(np.int32),
-    )
+    merge = offsets(per_token).astype(np.int32), token.argsort(kind="stable").astype(np.int32)
+    return Work(segments, tiles, tuple(launches), False, num_partials, *merge)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pieces:
     """What each split attends to: keys [begin, end) of `node`.
 
-    Those of split s are indptr[s] : indptr[s + 1].
+    Those of split s are indptr[s] : indptr[s + 1]; without `indptr` every split has one.
     """
 
     node: IntArray
     begin: IntArray
     end: IntArray
-    indptr: IntArray
+    indptr: IntArray | None = None
 
     @property
     def num_keys(self) -> IntArray:
         """Keys of each split."""
         keys = self.end - self.begin
-        return keys if keys.size == self.indptr.size - 1 else np.add.reduceat(keys, self.indptr[:-1])
+        return keys if self.indptr is None else np.add.reduceat(keys, self.indptr[:-1])
 
-    def columns(self, nodes: NodeKV, which: IntArray) -> list[IntArray]:
-        """LINK_COLUMNS of some pieces."""
+    def fill(self, columns: NDArray[np.int32], nodes: NodeKV, which: IntArray) -> None:
+        """Write LINK_COLUMNS of some pieces."""
         node = self.node[which]
-        return [node, nodes.level[node], nodes.slot[node], self.begin[which], self.end[which]]
+        columns[0], columns[1], columns[2] = node, nodes.level[node], nodes.slot[node]
+        columns[3], columns[4] = self.begin[which], self.end[which]
 
 
 def _pieces(
@@ -191,7 +166,7 @@ def _pieces(
 ) -> _Pieces:
     """Cut the runs: split s covers keys [begin[s], end[s]) of run split_of[s]."""
     if segments.links.size == segments.node.size:  # no run has several nodes
-        return _Pieces(segments.links[split_of], begin, end, np.arange(split_of.size + 1))
+        return _Pieces(segments.links[split_of], begin, end)
     # In keys of all runs, end to end: a split goes from the node in which it begins to the one in which it
     # ends. It begins at a multiple of the step, so it has keys in the first. That a node alone is not rounded
     # up in its run makes no difference: what follows is counted from the run's own begin.
@@ -200,15 +175,45 @@ def _pieces(
     before = starts[segments.indptr[split_of]]
     first = np.searchsorted(starts, before + begin, side="right") - 1
     counts = np.searchsorted(starts, before + end) - first
-    link, of = ranges(first, counts), np.repeat(np.arange(split_of.size), counts)
+    indptr = offsets(counts)
+    link, of = ranges(first, counts, indptr), np.repeat(np.arange(split_of.size), counts)
     since = starts[link] - before[of]
     low, high = np.maximum(begin[of] - since, 0), np.minimum(end[of] - since, lens[link])
-    return _Pieces(segments.links[link], low, high, offsets(counts))
+    return _Pieces(segments.links[link], low, high, indptr)
 
 
-def _links(pieces: _Pieces, nodes: NodeKV, order: IntArray, before: IntArray) -> NDArray[np.int32]:
-    """Return the table of the pieces of the splits `order`, from the third of each on: before[-1] rows."""
-    if not before[-1]:
-        return np.zeros((0, len(LINK_COLUMNS)), np.int32)
-    which = ranges(pieces.indptr[order] + 2, np.diff(before))
-    return np.stack(pieces.columns(nodes, which), axis=1).astype(np.int32)
+def _fill_pieces(
+    columns: NDArray[np.int32], pieces: _Pieces, nodes: NodeKV, order: IntArray, which: IntArray
+) -> NDArray[np.int32] | None:
+    """Write what items attend to into their columns: item i has the pieces of split order[which[i]].
+
+    Returns the table of links: the pieces of the splits `order`, from the third of each on; None if no split
+    has two.
+    """
+    first, second = columns[_FIRST], columns[_SECOND]
+    if pieces.indptr is None:
+        pieces.fill(first, nodes, order[which])
+        columns[_NUM_SEGMENTS], columns[_LINK_BEGIN] = 1, 0
+        second[...] = first
+        return None
+    begin = pieces.indptr[order]
+    count = pieces.indptr[order + 1] - begin
+    further = np.maximum(count - 2, 0)
+    before = offsets(further)
+    pieces.fill(first, nodes, begin[which])
+    # where there is no second piece the first stands once more, unread
+    pieces.fill(second, nodes, (begin + (count > 1))[which])
+    columns[_NUM_SEGMENTS], columns[_LINK_BEGIN] = count[which], before[which]
+    links = np.empty((len(LINK_COLUMNS), int(before[-1])), np.int32)
+    pieces.fill(links, nodes, ranges(begin + 2, further, before))
+    return links.T.copy()
+
+
+def _launch(tile: Tile, heads: int, items: NDArray[np.int32], links: NDArray[np.int32] | None) -> Launch:
+    """Return the launch of some items, with the links of these alone."""
+    if links is None:
+        return Launch(tile, heads, items)
+    begin = int(items[0, _LINK_BEGIN])
+    end = int(items[-1, _LINK_BEGIN]) + max(int(items[-1, _NUM_SEGMENTS]) - 2, 0)
+    items[:, _LINK_BEGIN] -= begin
+    return Launch(tile, heads, items, links[begin:end])

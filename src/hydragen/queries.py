@@ -61,8 +61,8 @@ class Queries:
         order = tree.row_order
         lens = q_lens[order]
         first = offsets(lens)
-        row, index = np.repeat(order, lens), np.arange(first[-1])
-        within = index - np.repeat(first[:-1], lens)
+        row, index = order.repeat(lens), np.arange(first[-1])
+        within = index - first[:-1].repeat(lens)
         token = q_starts[row] + within
         in_order = bool((token == index).all())
         return cls(first[tree.row_begin], first[tree.row_end], token, row, within, q_lens, in_order)

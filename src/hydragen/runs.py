@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hydragen.forest import ancestors
 from hydragen.host_ints import IntArray
 from hydragen.queries import Queries
-from hydragen.ragged import offsets
+from hydragen.ragged import changes, offsets
 from hydragen.tree import PrefixTree
 
 
@@ -61,14 +61,14 @@ def find_runs(
     """
     num_tok = queries.end - queries.begin
     if apart is None:
-        node = np.flatnonzero((kv_lens > 0) & (num_tok > 0))
+        node = ((kv_lens > 0) & (num_tok > 0)).nonzero()[0]
         every = np.arange(node.size + 1)
         return Runs(node, kv_lens[node], queries.begin[node], num_tok[node], every, node)
     # Runs end at nodes that are not apart, and, of those that are, at the tokens of rows that end there.
     node = np.flatnonzero(~apart & (num_tok > 0))
     begin, end = queries.begin[node], queries.end[node]
     last = tree.row_to_node[queries.row]
-    first = np.append(0, np.flatnonzero(last[1:] != last[:-1]) + 1)[: last.size]
+    first = changes(last)
     stretch = apart[last[first]]
     node = np.append(node, last[first][stretch])
     begin = np.append(begin, first[stretch])

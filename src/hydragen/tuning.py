@@ -9,10 +9,10 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hydragen.host_ints import IntArray
 from hydragen.prefix_tiles import min_rows, prefix_tile_for
+from hydragen.ragged import changes
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile
 
@@ -51,8 +51,28 @@ def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool)
     """
     if batch_invariant:
         return np.full(rows.size, min(1, len(tiles) - 1))
-    heights = np.array([tile.block_m for tile in tiles])
-    return np.minimum(np.searchsorted(heights, rows), len(tiles) - 1)
+    return np.array([tile.block_m for tile in tiles[:-1]], np.int64).searchsorted(rows)
+
+
+def at_peak(
+    kv_lens: IntArray, rows: IntArray, large: IntArray, heads: tuple[int, int, int, int], target: Target
+) -> tuple[float, float]:
+    """Return seconds at the device's peaks: compute of the segments `large`, memory traffic of the others.
+
+    Parameters
+    ----------
+    kv_lens, rows : int64 [segments]
+    large : int64 [large segments]
+        Their indices.
+    heads : num_kv_heads, head_dim, head_dim_v, itemsize
+    target : Target
+    """
+    num_kv_heads, head_dim, head_dim_v, itemsize = heads
+    elements = num_kv_heads * (head_dim + head_dim_v)  # of one key
+    keys = kv_lens[large]
+    others = int(kv_lens.sum()) - int(keys.sum())
+    compute = 2.0 * elements * int(keys.dot(rows[large])) / target.flops
+    return compute, others * elements * itemsize / target.bandwidth
 
 
 def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: float, target: Target) -> bool:
@@ -77,9 +97,8 @@ def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: flo
 def specialise(
     tiles: tuple[Tile, ...],
     chosen: IntArray,
+    kv_lens: IntArray,
     rows: IntArray,
-    compute: NDArray[np.float64],
-    traffic: NDArray[np.float64],
     heads: tuple[int, int, int, int],
     target: Target,
 ) -> tuple[tuple[Tile, ...], IntArray]:
@@ -90,29 +109,30 @@ def specialise(
     Parameters
     ----------
     tiles, chosen : what is chosen among plain tiles
-    rows : int64 [segments]
-    compute, traffic : float64 [segments]
-        Seconds at the device's peaks.
+    kv_lens, rows : int64 [segments]
     heads : num_kv_heads, head_dim, head_dim_v, itemsize
     target : Target
     """
     num_kv_heads, head_dim, head_dim_v, itemsize = heads
-    large = rows >= min_rows(head_dim)
-    if not large.any():
+    large = (rows >= min_rows(head_dim)).nonzero()[0]
+    if not large.size:
         return tiles, chosen
+    compute, traffic = at_peak(kv_lens, rows, large, heads, target)
     special = prefix_tile_for(
         target.arch,
         head_dim,
         head_dim_v,
         itemsize,
-        traffic=float(traffic[~large].sum() / compute[large].sum()),
+        traffic=traffic / compute,
         num_blocks=int((-(-rows[large] // 64)).sum()) * num_kv_heads,
         num_sms=target.num_sms,
     )
     if special is None:
         return tiles, chosen
     plain = next(tile for tile in tiles if tile.block_m == special.block_m)
-    return (*tiles, replace(plain, prefix=special)), np.where(large, len(tiles), chosen)
+    chosen = chosen.copy()
+    chosen[large] = len(tiles)
+    return (*tiles, replace(plain, prefix=special)), chosen
 
 
 def heads_per_program(
@@ -148,10 +168,19 @@ def heads_per_program(
         for h in (1, 2, 4, 8, 16)
         if h == 1 or (h * group_size <= 16 and num_kv_heads % h == 0 and h <= tile.block_n // 4)
     ]
-    per_segment = -(-num_tok * (np.array(counts)[:, None] * group_size) // tile.block_m)
-    blocks, reads = per_segment.sum(1).tolist(), (per_segment * kv_lens).sum(1).tolist()
+    most, keys = int(num_tok.max()), int(kv_lens.sum())
+    blocks, reads = [], []
+    for h in counts:
+        if most * h * group_size <= tile.block_m:  # one for each segment
+            blocks.append(num_tok.size)
+            reads.append(keys)
+        else:
+            per_segment = -(-num_tok * (h * group_size) // tile.block_m)
+            blocks.append(int(per_segment.sum()))
+            reads.append(int(per_segment.dot(kv_lens)))
     best, best_time = 1, float("inf")
-    good = [h for h, read in zip(counts, reads, strict=True) if read <= 1.05 * min(reads)]
+    least = min(reads)
+    good = [h for h, read in zip(counts, reads, strict=True) if read <= 1.05 * least]
     sparse = 2 * max(good) * group_size <= tile.block_m
     for h in (max(good), 1) if sparse else reversed(good):
         programs = blocks[counts.index(h)] * (num_kv_heads // h)
@@ -235,13 +264,11 @@ def split_size(
     slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
     compute = flops_per_key * slots / (_COMPUTE_EFFICIENCY * target.flops)  # seconds per key of a busy device
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
-    keys = int((programs * kv_lens).sum())
+    keys = int(programs.dot(kv_lens))
     few = beside == 0 and keys < 2 * target.num_sms * longest
-    best, best_time = longest, float("inf")
     traffic = keys * bytes_per_key / target.bandwidth
-    counts, sizes = _split_sizes(longest, tile.step)
-    totals = _programs_of_splits(kv_lens, programs, sizes)
-    for num_splits, size, total in zip(counts.tolist(), sizes.tolist(), totals, strict=True):
+
+    def seconds(num_splits: int, size: int, total: int) -> float:
         # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
         waves = -(-total // slots) if total < 8 * slots else total / slots
         if tile.block_m > 16:
@@ -253,26 +280,39 @@ def split_size(
             busy += num_splits * _PARTIAL_SECONDS
         else:
             busy = max(traffic, waves * (size * latency + _PROGRAM_SECONDS))
-        time = max(busy, beside) + num_splits * seconds_per_split
+        return max(busy, beside) + num_splits * seconds_per_split
+
+    counts, sizes = _split_sizes(longest, tile.step)
+    best, best_time = sizes[0], seconds(1, sizes[0], int(programs.sum()))
+    # of more splits, those that cost too much however soon all is read need not be counted
+    least = beside if tile.block_m > 16 or few else max(traffic, beside)
+    cheap = [count for count in counts[1:] if least + count * seconds_per_split < best_time * 0.97]
+    sizes = sizes[1 : 1 + len(cheap)]
+    for num_splits, size, total in zip(
+        cheap, sizes, _programs_of_splits(kv_lens, programs, sizes), strict=True
+    ):
+        time = seconds(num_splits, size, total)
         if time < best_time * 0.97:
             best, best_time = size, time
-    return -(-best // tile.step) * tile.step
+    return best
 
 
-def _split_sizes(longest: int, step: int) -> tuple[IntArray, IntArray]:
+def _split_sizes(longest: int, step: int) -> tuple[list[int], list[int]]:
     """Return numbers of splits, 1 to 128, and their sizes, four steps and more; of equal sizes the first."""
     counts = np.arange(1, min(-(-longest // (3 * step)), 129))
     steps = -(-longest // (counts * step))
-    new = np.flatnonzero(np.append(True, steps[1:] < steps[:-1]))
-    return counts[new], steps[new] * step
+    new = changes(steps)
+    return counts[new].tolist(), (steps[new] * step).tolist()
 
 
-def _programs_of_splits(kv_lens: IntArray, programs: IntArray, sizes: IntArray) -> list[int]:
+def _programs_of_splits(kv_lens: IntArray, programs: IntArray, sizes: list[int]) -> list[int]:
     """Return for each size the sum of ceil(kv_lens / size) * programs.
 
     In float64, which is exact up to 2**52 and divides many times as fast; by einsum, which wakes no threads.
     """
-    splits = np.divide(kv_lens, sizes[:, None])
+    if not sizes:
+        return []
+    splits = np.divide(kv_lens, np.array(sizes)[:, None])
     np.ceil(splits, out=splits)
     totals = np.einsum("ij,j->i", splits, programs.astype(np.float64))
     return [int(total) for total in totals.tolist()]

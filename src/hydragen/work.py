@@ -21,7 +21,14 @@ from hydragen.runs import find_runs
 from hydragen.target import Target
 from hydragen.tiles import Tile, few_tile, tiles_for
 from hydragen.tree import PrefixTree
-from hydragen.tuning import choose_tiles, heads_per_program, prefer_medium, specialise, split_size
+from hydragen.tuning import (
+    at_peak,
+    choose_tiles,
+    heads_per_program,
+    prefer_medium,
+    specialise,
+    split_size,
+)
 
 
 def find_segments(
@@ -52,24 +59,23 @@ def find_segments(
     kv_len, num_tok = runs.kv_len, runs.num_tok
     rows = num_tok * heads.group_size
     tile = choose_tiles(rows, tiles, batch_invariant)
-    dims = heads.head_dim + heads.head_dim_v
-    flops = 2.0 * kv_len * rows * heads.num_kv_heads * dims
-    bytes_per_key = heads.num_kv_heads * dims * heads.itemsize
-    traffic = np.asarray(kv_len * (bytes_per_key / target.bandwidth), np.float64)  # seconds, read once
-    largest = tile == len(tiles) - 1
-    if len(tiles) > 2 and largest.any() and not batch_invariant:
-        blocks = -(-rows[largest] // tiles[-2].block_m) * heads.num_kv_heads
-        compute, alone = flops[largest].sum() / target.flops, traffic[~largest].sum()
-        if prefer_medium(kv_len[largest], blocks, compute, alone, target):
-            tile[largest] -= 1
+    sizes = (heads.num_kv_heads, heads.head_dim, heads.head_dim_v, heads.itemsize)
+    if len(tiles) > 2 and not batch_invariant:
+        largest = (tile == len(tiles) - 1).nonzero()[0]
+        if largest.size:
+            blocks = -(-rows[largest] // tiles[-2].block_m) * heads.num_kv_heads
+            if prefer_medium(kv_len[largest], blocks, *at_peak(kv_len, rows, largest, sizes, target), target):
+                tile[largest] -= 1
     if not batch_invariant and specialised:
-        sizes = (heads.num_kv_heads, heads.head_dim, heads.head_dim_v, heads.itemsize)
-        tiles, tile = specialise(tiles, tile, rows, np.asarray(flops / target.flops), traffic, sizes, target)
-    size, together = np.ones_like(kv_len), np.ones_like(kv_len)
+        tiles, tile = specialise(tiles, tile, kv_len, rows, sizes, target)
+    dims = heads.head_dim + heads.head_dim_v
+    seconds_per_key = heads.num_kv_heads * dims * heads.itemsize / target.bandwidth
+    all_keys = int(kv_len.sum())
+    size, together = np.empty_like(kv_len), np.empty_like(kv_len)
     occupied, beside = 0, 0  # by the launches so far, the largest tiles first
-    for index in np.flatnonzero(np.bincount(tile))[::-1].tolist():
-        chosen = tile == index
-        tokens, keys, tile_rows = num_tok[chosen], kv_len[chosen], rows[chosen]
+    for index in np.bincount(tile).nonzero()[0][::-1].tolist():
+        chosen = (tile == index).nonzero()[0]
+        tokens, keys = num_tok[chosen], kv_len[chosen]
         if fixed_heads is not None:
             shared = fixed_heads[tiles[index]]
         elif batch_invariant:
@@ -87,7 +93,8 @@ def find_segments(
                 (min(occupied, target.num_sms), beside),
             )
         together[chosen] = shared
-        programs = -(-tile_rows * shared // tiles[index].block_m) * (heads.num_kv_heads // shared)
+        programs = -(-tokens * (heads.group_size * shared) // tiles[index].block_m)
+        programs *= heads.num_kv_heads // shared
         size[chosen] = most = split_size(
             keys,
             programs,
@@ -101,9 +108,9 @@ def find_segments(
             * heads.num_q_heads
             * heads.head_dim_v
             / target.bandwidth,
-            beside=float(traffic[~chosen].sum()),
+            beside=(all_keys - int(keys.sum())) * seconds_per_key,
         )
-        occupied += int((programs * -(-keys // most)).sum())
+        occupied += int(programs.dot(-(-keys // most)))
         beside = tiles[index].beside
     parts = (runs.node, kv_len, runs.tok_begin, num_tok, runs.indptr, runs.links)
     return Segments(*parts, tile, together, size, tiles[0].step), tiles
