@@ -69,9 +69,15 @@ def depth_first_begin(
     begin, end : int64 [num_nodes]
         The half-open range of each node's subtree, from 0 to the sum of the weights.
     """
+    return _side_by_side(parents, weights, reduce_subtrees(parents, weights, np.add), sibling_keys)
+
+
+def _side_by_side(
+    parents: IntArray, weights: IntArray, subtree_weights: IntArray, sibling_keys: IntArray
+) -> tuple[IntArray, IntArray]:
+    """`depth_first_begin`, given the sum of the weights of each subtree."""
     if parents.size == 0:
         return parents.copy(), parents.copy()
-    subtree_weights = reduce_subtrees(parents, weights, np.add)
     order = np.lexsort((sibling_keys, parents))  # siblings side by side
     family = parents[order]
     before = np.cumsum(subtree_weights[order]) - subtree_weights[order]
@@ -102,11 +108,19 @@ def row_layout(parents: IntArray, row_to_node: IntArray) -> tuple[IntArray, IntA
     """
     num_nodes, num_rows = parents.size, row_to_node.size
     rows = np.arange(num_rows)
+    begin = np.full(num_nodes, num_rows)
+    begin[row_to_node[::-1]] = rows[::-1]  # the first of the rows that end there is written last
+    begin = reduce_subtrees(parents, begin, np.minimum)
+    count = reduce_subtrees(parents, np.bincount(row_to_node, minlength=num_nodes), np.add)
+    end = begin + count
+    if count.all() and (rows < end[row_to_node]).all() and ((parents < 0) | (end <= end[parents])).all():
+        return rows, begin, end  # each subtree's rows are as many as lie between its first and its last
     # Rows become leaves under the nodes at which they end, so that they line up with those nodes' children.
+    leaf = np.ones(num_rows, np.int64)
+    weights = np.concatenate([np.zeros(num_nodes, np.int64), leaf])
+    subtree_weights, first_rows = np.concatenate([count, leaf]), np.concatenate([begin, rows])
     parents = np.concatenate([parents, row_to_node])
-    weights = np.repeat([0, 1], [num_nodes, num_rows])
-    first_rows = reduce_subtrees(parents, np.concatenate([np.full(num_nodes, num_rows), rows]), np.minimum)
-    begin, end = depth_first_begin(parents, weights, first_rows)
+    begin, end = _side_by_side(parents, weights, subtree_weights, first_rows)
     order = np.empty_like(rows)
     order[begin[num_nodes:]] = rows
     return order, begin[:num_nodes], end[:num_nodes]

@@ -26,33 +26,32 @@ class Uploaded:
     """
 
     def __init__(self, arrays: Sequence[IntArray | NDArray[np.int32]], device: torch.device) -> None:
-        self._sizes = tuple(array.size for array in arrays)
+        self._sizes = tuple([array.size for array in arrays])
         host = self._pinned(arrays, device)
         with torch.inference_mode(False):  # plans outlive the mode in which they are made
-            self._flat = torch.empty(host.shape, dtype=host.dtype, device=device)
+            self._flat = torch.empty_like(host, device=device)
         self._flat.copy_(host, non_blocking=True)
         # A captured copy reads the host's memory again at every replay.
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._host = host if capturing else None
-        self.parts = tuple(
-            part[:size] for part, size in zip(self._flat.split(self._rounded()), self._sizes, strict=True)
-        )
+        parts = [part for size in self._sizes for part in (size, -size % 4)]
+        self.parts = tuple(self._flat.split_with_sizes(parts)[::2])
 
     def replace(self, arrays: Sequence[IntArray | NDArray[np.int32]]) -> None:
         """Overwrite all vectors by others of the same sizes, in the order of the current stream."""
-        sizes = tuple(array.size for array in arrays)
+        sizes = tuple([array.size for array in arrays])
         if sizes != self._sizes:
             raise ValueError(f"arrays must have the sizes {self._sizes}, got {sizes}; plan anew")
         self._flat.copy_(self._pinned(arrays, self._flat.device), non_blocking=True)
 
-    def _rounded(self) -> list[int]:
-        return [-(-size // 4) * 4 for size in self._sizes]
-
     def _pinned(self, arrays: Sequence[IntArray | NDArray[np.int32]], device: torch.device) -> Tensor:
         """Return all arrays in one CPU tensor, from which copies to `device` do not make the host wait."""
-        rounded = self._rounded()
-        flat = np.zeros(sum(rounded), np.int32)
-        for array, end, room in zip(arrays, np.cumsum(rounded), rounded, strict=True):
-            flat[end - room : end - room + array.size] = array.reshape(-1)
+        flat = np.empty(sum([size + -size % 4 for size in self._sizes]), np.int32)
+        begin = 0
+        for array, size in zip(arrays, self._sizes, strict=True):
+            end = begin + size
+            flat[begin:end] = array.reshape(-1)
+            begin = end + -size % 4
+            flat[end:begin] = 0
         host = torch.from_numpy(flat)
         return host.pin_memory() if device.type == "cuda" else host
