@@ -90,14 +90,14 @@ BUGS = {
     "last key of a split dropped": (LAYOUT, "segments.kv_len[split_of])", "segments.kv_len[split_of] - 1)"),
     "partials of two splits share a place": (
         LAYOUT,
-        '"dest": partials_before[source]',
-        '"dest": partials_before[source] * 0',
+        "columns[_DEST] = partials_before[source]",
+        "columns[_DEST] = partials_before[source] * 0",
     ),
     "rows in tree order": (QUERIES, "token = q_starts[row] + within", "token = np.arange(first[-1])"),
     "second block of rows is the first": (
         LAYOUT,
-        '"row_begin": block * block_m[source]',
-        '"row_begin": block * 0',
+        "columns[_ROW_BEGIN] = block * block_m[run]",
+        "columns[_ROW_BEGIN] = block * 0",
     ),
     "second segment of a run left out": (SEGMENT, "(0, num_segments,", "(0, num_segments - 1,"),
     "first segment of a run once more": (
@@ -112,8 +112,8 @@ BUGS = {
     ),
     "runs begin with their last segment": (
         LAYOUT,
-        "pieces.columns(nodes, pieces.indptr[source])",
-        "pieces.columns(nodes, pieces.indptr[source + 1] - 1)",
+        "pieces.fill(first, nodes, begin[which])",
+        "pieces.fill(first, nodes, (begin + count - 1)[which])",
     ),
     "page table ignored": (
         BLOCK,
