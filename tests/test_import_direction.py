@@ -35,6 +35,7 @@ FLOORS: list[set[str]] = [
     {"lengths"},
     {"kv"},
     {"merging", "tuning"},
+    {"splits"},
     {"tiles"},
     {"prefix_tiles"},
     {"kernels"},

@@ -6,9 +6,10 @@ import pytest
 from hydragen import PrefixTree
 from hydragen.layout import Segments
 from hydragen.queries import Heads, Queries
+from hydragen.splits import INVARIANT_SPLIT, stream_seconds
 from hydragen.target import H100, H200, INTERPRETER, Target, target_of
 from hydragen.tiles import Tile, tiles_for
-from hydragen.tuning import INVARIANT_SPLIT, choose_tiles, stream_seconds
+from hydragen.tuning import choose_tiles
 from hydragen.work import find_segments
 
 ARCHITECTURES = (0, 80, 86, 87, 89, 90, 100, 103, 120)

@@ -37,10 +37,10 @@ def is_small(
     target : Target
     """
     last = tree.row_to_node[queries.row]
-    begin = changes(last)  # of the tokens that end at one node
-    if not last.size or begin.size * heads.num_kv_heads > _SMALL_PROGRAMS * target.num_sms:
+    others = np.count_nonzero(last[1:] != last[:-1])
+    if not last.size or (others + 1) * heads.num_kv_heads > _SMALL_PROGRAMS * target.num_sms:
         return False
-    if int(np.diff(begin, append=last.size).max()) * heads.group_size > tile.block_m:
+    if int(np.diff(changes(last), append=last.size).max()) * heads.group_size > tile.block_m:
         return False
     steps = path_sums(tree.parents, -(-kv_lens // tile.step))  # nodes that nobody attends to do not count
     return int(steps[last].max()) <= _SMALL_STEPS

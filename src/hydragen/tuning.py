@@ -5,30 +5,19 @@ No device is touched here; docs/experiments.md has the measurements behind what 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
 from hydragen.host_ints import IntArray
-from hydragen.prefix_tiles import min_rows, prefix_tile_for
-from hydragen.ragged import changes
+from hydragen.prefix_tiles import PrefixTile, min_rows, prefix_tile_for
+from hydragen.splits import stream_seconds
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile
 
-# Keys per split under batch_invariant: fixed, so that no neighbour in the batch moves a boundary.
-INVARIANT_SPLIT = 2048
 # Programs of one warp per multiprocessor up to which the merge has one head in each.
 _MERGE_PROGRAMS = 8
-# Start and end of a program: table, queries, first keys; the partial.
-_PROGRAM_SECONDS = 3e-6
-# What one more partial of a token costs the merge where nothing hides it.
-_PARTIAL_SECONDS = 0.04e-6
-# Share of the device's peak that a compute-bound tile reaches.
-_COMPUTE_EFFICIENCY = 0.6
-# Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
-# memory.
-_PROGRAM_BANDWIDTH = 40e9
 
 
 def merge_shape(
@@ -55,12 +44,19 @@ def choose_tiles(rows: IntArray, tiles: tuple[Tile, ...], batch_invariant: bool)
 
 
 def at_peak(
-    kv_lens: IntArray, rows: IntArray, large: IntArray, heads: tuple[int, int, int, int], target: Target
+    all_keys: int,
+    kv_lens: IntArray,
+    rows: IntArray,
+    large: IntArray,
+    heads: tuple[int, int, int, int],
+    target: Target,
 ) -> tuple[float, float]:
     """Return seconds at the device's peaks: compute of the segments `large`, memory traffic of the others.
 
     Parameters
     ----------
+    all_keys : int
+        The sum of `kv_lens`.
     kv_lens, rows : int64 [segments]
     large : int64 [large segments]
         Their indices.
@@ -70,7 +66,7 @@ def at_peak(
     num_kv_heads, head_dim, head_dim_v, itemsize = heads
     elements = num_kv_heads * (head_dim + head_dim_v)  # of one key
     keys = kv_lens[large]
-    others = int(kv_lens.sum()) - int(keys.sum())
+    others = all_keys - int(keys.sum())
     compute = 2.0 * elements * int(keys.dot(rows[large])) / target.flops
     return compute, others * elements * itemsize / target.bandwidth
 
@@ -97,6 +93,7 @@ def prefer_medium(kv_lens: IntArray, blocks: IntArray, shared: float, alone: flo
 def specialise(
     tiles: tuple[Tile, ...],
     chosen: IntArray,
+    all_keys: int,
     kv_lens: IntArray,
     rows: IntArray,
     heads: tuple[int, int, int, int],
@@ -109,6 +106,8 @@ def specialise(
     Parameters
     ----------
     tiles, chosen : what is chosen among plain tiles
+    all_keys : int
+        The sum of `kv_lens`.
     kv_lens, rows : int64 [segments]
     heads : num_kv_heads, head_dim, head_dim_v, itemsize
     target : Target
@@ -117,7 +116,7 @@ def specialise(
     large = (rows >= min_rows(head_dim)).nonzero()[0]
     if not large.size:
         return tiles, chosen
-    compute, traffic = at_peak(kv_lens, rows, large, heads, target)
+    compute, traffic = at_peak(all_keys, kv_lens, rows, large, heads, target)
     special = prefix_tile_for(
         target.arch,
         head_dim,
@@ -129,10 +128,15 @@ def specialise(
     )
     if special is None:
         return tiles, chosen
-    plain = next(tile for tile in tiles if tile.block_m == special.block_m)
     chosen = chosen.copy()
     chosen[large] = len(tiles)
-    return (*tiles, replace(plain, prefix=special)), chosen
+    return _with_prefix(tiles, special), chosen
+
+
+@lru_cache
+def _with_prefix(tiles: tuple[Tile, ...], special: PrefixTile) -> tuple[Tile, ...]:
+    plain = next(tile for tile in tiles if tile.block_m == special.block_m)
+    return (*tiles, replace(plain, prefix=special))
 
 
 def heads_per_program(
@@ -189,130 +193,3 @@ def heads_per_program(
         if time < 0.94 * best_time:
             best, best_time = h, time
     return best
-
-
-def stream_seconds(
-    programs: int, size: float, tile: Tile, target: Target, occupied: int, beside: int
-) -> float:
-    """Return how long programs that each read `size` bytes keep the memory busy.
-
-    If all find a place at once, the fullest multiprocessor decides, since nothing evens out the end; so a few
-    more programs than that are better than a few less. Fitted to docs/experiments.md, 15.
-
-    Parameters
-    ----------
-    programs : int
-    size : float
-    tile : Tile
-        `resident` of it fit a free multiprocessor.
-    target : Target
-    occupied, beside : int
-        Multiprocessors that hold a program of another launch, and how many of these fit beside it.
-    """
-    if target.arch < 90:
-        occupied = 0  # launches follow one another
-    if beside == 0:  # these run afterwards
-        occupied = 0
-    free = target.num_sms - occupied
-    share = target.bandwidth / target.num_sms  # of one multiprocessor
-    slots = free * tile.resident + occupied * beside
-    fullest = next(
-        (k for k in range(1, tile.resident + 1) if free * k + occupied * min(k, beside) >= programs), 0
-    )
-    if fullest:
-        return 1.2 * fullest * size / min(share, 0.75 * share * fullest)
-    most = beside if occupied > free else tile.resident
-    return programs * (size / target.bandwidth + 0.4e-6 / slots) + 0.15 * most * size / share
-
-
-def split_size(
-    kv_lens: IntArray,
-    programs: IntArray,
-    tile: Tile,
-    target: Target,
-    batch_invariant: bool,
-    *,
-    flops_per_key: float,
-    bytes_per_key: float,
-    seconds_per_split: float,
-    beside: float,
-) -> int:
-    """Return the most keys that one program attends to, a multiple of `tile.step`.
-
-    A small batch over a long prefix leaves most of the device idle unless the prefix is split over programs;
-    but every split costs a partial per row.
-
-    Parameters
-    ----------
-    kv_lens : int64 [segments]
-        Keys in each segment that is attended with this tile.
-    programs : int64 [segments]
-        Programs per split of each segment (row blocks x blocks of KV heads).
-    flops_per_key, bytes_per_key : float
-        Of one program.
-    seconds_per_split : float
-        What one more split of all segments costs in partials written and read.
-    beside : float
-        Seconds of memory traffic that other launches have beside this one: being faster than they are gains
-        nothing, and one program per multiprocessor leaves them room.
-    """
-    if batch_invariant:
-        return INVARIANT_SPLIT
-    longest = int(kv_lens.max())
-    if longest <= 6 * tile.step:  # two splits would have less than four steps
-        return -(-longest // tile.step) * tile.step
-    slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
-    compute = flops_per_key * slots / (_COMPUTE_EFFICIENCY * target.flops)  # seconds per key of a busy device
-    latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
-    keys = int(programs.dot(kv_lens))
-    few = beside == 0 and keys < 2 * target.num_sms * longest
-    traffic = keys * bytes_per_key / target.bandwidth
-
-    def seconds(num_splits: int, size: int, total: int) -> float:
-        # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
-        waves = -(-total // slots) if total < 8 * slots else total / slots
-        if tile.block_m > 16:
-            busy = waves * (size * compute + _PROGRAM_SECONDS)
-        elif few:
-            # counted in whole splits; a few places are left free, or the last programs wait for one
-            whole = math.ceil(keys / size / 0.95)
-            busy = stream_seconds(whole, size * bytes_per_key, tile, target, 0, 0) + _PROGRAM_SECONDS
-            busy += num_splits * _PARTIAL_SECONDS
-        else:
-            busy = max(traffic, waves * (size * latency + _PROGRAM_SECONDS))
-        return max(busy, beside) + num_splits * seconds_per_split
-
-    counts, sizes = _split_sizes(longest, tile.step)
-    best, best_time = sizes[0], seconds(1, sizes[0], int(programs.sum()))
-    # of more splits, those that cost too much however soon all is read need not be counted
-    least = beside if tile.block_m > 16 or few else max(traffic, beside)
-    cheap = [count for count in counts[1:] if least + count * seconds_per_split < best_time * 0.97]
-    sizes = sizes[1 : 1 + len(cheap)]
-    for num_splits, size, total in zip(
-        cheap, sizes, _programs_of_splits(kv_lens, programs, sizes), strict=True
-    ):
-        time = seconds(num_splits, size, total)
-        if time < best_time * 0.97:
-            best, best_time = size, time
-    return best
-
-
-def _split_sizes(longest: int, step: int) -> tuple[list[int], list[int]]:
-    """Return numbers of splits, 1 to 128, and their sizes, four steps and more; of equal sizes the first."""
-    counts = np.arange(1, min(-(-longest // (3 * step)), 129))
-    steps = -(-longest // (counts * step))
-    new = changes(steps)
-    return counts[new].tolist(), (steps[new] * step).tolist()
-
-
-def _programs_of_splits(kv_lens: IntArray, programs: IntArray, sizes: list[int]) -> list[int]:
-    """Return for each size the sum of ceil(kv_lens / size) * programs.
-
-    In float64, which is exact up to 2**52 and divides many times as fast; by einsum, which wakes no threads.
-    """
-    if not sizes:
-        return []
-    splits = np.divide(kv_lens, np.array(sizes)[:, None])
-    np.ceil(splits, out=splits)
-    totals = np.einsum("ij,j->i", splits, programs.astype(np.float64))
-    return [int(total) for total in totals.tolist()]

@@ -18,6 +18,7 @@ from hydragen.kv import NodeKV
 from hydragen.layout import Segments, Work, lay_out_work
 from hydragen.queries import Heads, Queries
 from hydragen.runs import find_runs
+from hydragen.splits import split_size
 from hydragen.target import Target
 from hydragen.tiles import Tile, few_tile, tiles_for
 from hydragen.tree import PrefixTree
@@ -27,7 +28,6 @@ from hydragen.tuning import (
     heads_per_program,
     prefer_medium,
     specialise,
-    split_size,
 )
 
 
@@ -59,21 +59,23 @@ def find_segments(
     kv_len, num_tok = runs.kv_len, runs.num_tok
     rows = num_tok * heads.group_size
     tile = choose_tiles(rows, tiles, batch_invariant)
+    all_keys = int(kv_len.sum())
     sizes = (heads.num_kv_heads, heads.head_dim, heads.head_dim_v, heads.itemsize)
     if len(tiles) > 2 and not batch_invariant:
         largest = (tile == len(tiles) - 1).nonzero()[0]
         if largest.size:
             blocks = -(-rows[largest] // tiles[-2].block_m) * heads.num_kv_heads
-            if prefer_medium(kv_len[largest], blocks, *at_peak(kv_len, rows, largest, sizes, target), target):
+            seconds = at_peak(all_keys, kv_len, rows, largest, sizes, target)
+            if prefer_medium(kv_len[largest], blocks, *seconds, target):
                 tile[largest] -= 1
     if not batch_invariant and specialised:
-        tiles, tile = specialise(tiles, tile, kv_len, rows, sizes, target)
+        tiles, tile = specialise(tiles, tile, all_keys, kv_len, rows, sizes, target)
     dims = heads.head_dim + heads.head_dim_v
     seconds_per_key = heads.num_kv_heads * dims * heads.itemsize / target.bandwidth
-    all_keys = int(kv_len.sum())
     size, together = np.empty_like(kv_len), np.empty_like(kv_len)
     occupied, beside = 0, 0  # by the launches so far, the largest tiles first
-    for index in np.bincount(tile).nonzero()[0][::-1].tolist():
+    used = np.bincount(tile).nonzero()[0][::-1].tolist()
+    for index in used:
         chosen = (tile == index).nonzero()[0]
         tokens, keys = num_tok[chosen], kv_len[chosen]
         if fixed_heads is not None:
@@ -110,8 +112,9 @@ def find_segments(
             / target.bandwidth,
             beside=(all_keys - int(keys.sum())) * seconds_per_key,
         )
-        occupied += int(programs.dot(-(-keys // most)))
-        beside = tiles[index].beside
+        if index != used[-1]:
+            occupied += int(programs.dot(-(-keys // most)))
+            beside = tiles[index].beside
     parts = (runs.node, kv_len, runs.tok_begin, num_tok, runs.indptr, runs.links)
     return Segments(*parts, tile, together, size, tiles[0].step), tiles
 

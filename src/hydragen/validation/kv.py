@@ -58,7 +58,7 @@ def check_kv(
 
 def _check_sizes(tree: PrefixTree, nodes: NodeKV) -> None:
     """Kernels count places in a tensor and positions on a path in 32 bits, with room for sums of a few."""
-    ends = nodes.slot + (nodes.capacity if nodes.pages is None and any(nodes.packed) else 0)
+    ends = nodes.slot + nodes.capacity if nodes.pages is None and any(nodes.packed) else nodes.slot
     if int(ends.max(initial=0)) >= MOST_PLACES:
         raise ValueError(
             f"kv must hold fewer than {MOST_PLACES} tokens or nodes in one tensor, got offsets up to "

@@ -17,7 +17,14 @@ from hydragen.lengths import on_device
 from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
 from hydragen.validation.kv import check_kv
-from hydragen.validation.queries import Rows, as_max, check_device_offsets, check_offset_values, check_offsets
+from hydragen.validation.queries import (
+    Rows,
+    as_max,
+    check_device_offsets,
+    check_offset_values,
+    check_offsets,
+    equal_rows,
+)
 from hydragen.validation.tables import Tables, tables_of, tensors_of
 from hydragen.validation.tensors import check_tensor, kind, shown
 
@@ -94,8 +101,7 @@ def _check_rows(
                     f"{name} must come with cu_seqlens_q, got {shown(value)} alone; leave it out"
                 )
         count = as_positive_int(1 if q_len is None else q_len, "q_len")
-        starts, lens = frozen(np.arange(num_rows) * count), frozen(np.full(num_rows, count))
-        return Rows(starts, lens, None), (num_rows, count)
+        return equal_rows(num_rows, count), (num_rows, count)
     if q_len is not None:
         raise ValueError(
             f"q_len must be left out when cu_seqlens_q is given, got {shown(q_len)}; offsets say it all"

@@ -50,7 +50,7 @@ def check_queries(q: Tensor, cu_seqlens_q: object, max_seqlen_q: object, validat
                 f"q must have at least one query per row, got shape {list(q.shape)} with q_len 0; "
                 "rows without queries can be packed, with cu_seqlens_q"
             )
-        return _equal_rows(batch, q_len)
+        return equal_rows(batch, q_len)
     if q.dim() != 3:
         raise ValueError(
             "q must have shape [total_q, num_q_heads, head_dim] when cu_seqlens_q is given, got "
@@ -102,7 +102,8 @@ def check_offsets(value: object, name: str) -> IntArray:
 
 
 @lru_cache(maxsize=64)
-def _equal_rows(batch: int, q_len: int) -> Rows:
+def equal_rows(batch: int, q_len: int) -> Rows:
+    """Return rows of `q_len` tokens each, end to end."""
     return Rows(frozen(np.arange(batch) * q_len), frozen(np.full(batch, q_len)), None)
 
 
@@ -127,7 +128,7 @@ def check_device_offsets(cu_seqlens_q: Tensor, device: torch.device, max_seqlen_
             "max_seqlen_q must be given when cu_seqlens_q lives on a device (it is not read back), got None; "
             "pass the most query tokens that any row can have"
         )
-    equal = _equal_rows(cu_seqlens_q.numel() - 1, as_max(max_seqlen_q))
+    equal = equal_rows(cu_seqlens_q.numel() - 1, as_max(max_seqlen_q))
     return Rows(equal.starts, equal.lens, cu_seqlens_q)
 
 
