@@ -52,6 +52,35 @@ def test_a_step_appends_and_attends(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(torch.cat(steps, 1), expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile cannot trace
+def test_a_compiled_step_appends() -> None:
+    """With inductor, which does a bare copy of what is overwritten next too late; seen on CPUs."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU machine may lack the C++ compiler that inductor takes for CPUs")
+    torch.compiler.reset()
+    kv, lens, views = growing("levels", device)
+    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, backend="reference")
+    before = [suffix("levels", views, which).clone() for which in (0, 1)]
+
+    @torch.compile
+    def step(q: Tensor, lens: Any, k: Tensor, v: Tensor) -> Any:
+        plan.update(kv_lens=lens)
+        plan.append(kv, k, v)
+        return plan.run(q, kv)
+
+    q = queries(device=device)
+    with torch.no_grad():
+        for t in range(2):
+            new = [normal(BATCH, 1, KV_HEADS, DIM, seed=10 * t + i, device=device) for i in range(2)]
+            lens[1] += 1
+            out = step(q, lens, *new)
+            for which in (0, 1):
+                before[which][:, t] = new[which][:, 0]
+                assert torch.equal(suffix("levels", views, which), before[which])
+            torch.testing.assert_close(out, hydragen.attention(q, kv, tree=TREE, kv_lens=lens))
+
+
 def test_appending_is_refused_where_it_cannot_work() -> None:
     device = torch.device("cpu")
     kv, lens, _ = growing("packed", device)

@@ -327,27 +327,3 @@ def test_another_tree_needs_its_lengths_where_they_grow() -> None:
     with pytest.raises(ValueError, match="kv_lens must be given with kv or tree"):
         plan.update(tree=together)
     assert plan.tree is TREE
-
-
-def test_runs_are_not_recognised_by_looks_alone(backend: str, device: torch.device) -> None:
-    """The second run of a kind skips the checks: not for tensors that only look like those of the first."""
-    kv, q = layer(0, device), queries(device=device)
-    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, backend=backend)
-    for _ in range(2):
-        expected = plan.run(q, kv)
-    negated = torch._neg_view(q)
-    torch.testing.assert_close(plan.run(negated, kv), plan.run(-q, kv))
-    assert isinstance(expected, Tensor)
-    assert not torch.equal(state(plan.run(negated, kv, return_lse=True)).out, expected)
-    with pytest.raises(TypeError, match="q must be a dense tensor"):
-        plan.run(q.to_sparse(), kv)
-
-
-@pytest.mark.gpu
-@pytest.mark.triton
-def test_kinds_of_runs_do_not_pile_up(device: torch.device) -> None:
-    kv, q = layer(0, device), queries(device=device)
-    plan = hydragen.plan(TREE, kv, num_q_heads=HEADS)
-    for step in range(600):
-        plan.run(q, kv, scale=1 + step / 1000)
-    assert len(plan._runner._ready) <= 256

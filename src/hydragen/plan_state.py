@@ -62,7 +62,8 @@ class PlanState:
         if self.kv_lens is None or self._before is None:
             self.kv_lens, self._before = clamped, clamped.clone()
         else:
-            self._before.copy_(self.kv_lens if grown else clamped)
+            # Not a bare copy: inductor (torch 2.13) does that last, when the source is overwritten already.
+            self._before.copy_(self.kv_lens.clamp(min=0) if grown else clamped)
             self.kv_lens.copy_(clamped)
         self.refresh(planned, work)
 

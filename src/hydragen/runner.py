@@ -22,7 +22,7 @@ from hydragen_reference.segment import in_transform
 # Types of options; values of all of them can be looked up.
 _ALLOWED = frozenset({type(None), bool, int, float, torch.dtype})
 
-_DESCRIBED = attrgetter("shape", "dtype", "device", "requires_grad")
+_DESCRIBED = attrgetter("shape", "dtype", "layout", "device", "requires_grad")
 
 # A plan's layers and options come in a few kinds; where they never repeat, they must not pile up.
 _MOST_KINDS = 256
@@ -115,7 +115,7 @@ def _recognise(
                 return None
             key += _DESCRIBED(x)
             key.append(x.stride())
-    except RuntimeError:  # nested tensors have no shape, and sparse ones no strides
+    except RuntimeError:  # nested tensors have no shape, and compressed sparse ones no strides
         return None
     # 1, 1.0 and True are equal, and not all of them are allowed
     kinds = tuple(map(type, options))
