@@ -13,6 +13,7 @@ import pytest
 import torch
 from plan_model import DIM, DIM_V, KV_HEADS, Account
 from plan_nonsense import wrong_append, wrong_run, wrong_update
+from running_on import INTERPRETED
 from torch import Tensor
 
 import hydragen
@@ -182,20 +183,21 @@ def fuzz(seed: int, plans: int, steps: int, backend: str, device: torch.device) 
     return right, refused
 
 
-# Some thousand steps; where each takes longer, fewer: a second in Triton's interpreter, a tenth on a GPU,
-# whose results are read back.
-AMOUNTS = {"reference": (8, 50, 12), "interpreter": (1, 3, 8), "gpu": (2, 20, 12)}
+# Plans and steps of a seed: some thousand steps; where each takes longer, fewer: a second in Triton's
+# interpreter, a tenth on a GPU, whose results are read back. A test per seed, so that workers share them.
+SEEDS = range(3 if INTERPRETED else 8)
+AMOUNTS = {"reference": (50, 12), "interpreter": (1, 8), "gpu": (5, 12)}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # interpreted
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_plan_follows_its_account(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_plan_follows_its_account(seed: int, backend: str, device: torch.device) -> None:
     on_cpu = "reference" if backend == "reference" else "interpreter"
-    seeds, plans, steps = AMOUNTS["gpu" if device.type == "cuda" else on_cpu]
-    for seed in range(seeds):
-        right, refused = fuzz(seed, plans, steps, backend, device)
-        assert right > plans * steps / 2
-        assert refused > plans * steps / 8
+    plans, steps = AMOUNTS["gpu" if device.type == "cuda" else on_cpu]
+    right, refused = fuzz(seed, plans, steps, backend, device)
+    assert right > plans * steps / 3
+    assert refused > plans * steps / 10
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
