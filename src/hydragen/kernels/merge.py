@@ -34,18 +34,24 @@ def merge(
     acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
     running_max = tl.full([BLOCK_H], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK_H], tl.float32)
+    # Where the partials are is known before they are: asked for first, it does not stand between waiting and
+    # reading. Of the following block likewise.
+    which = tl.arange(0, UNROLL)
+    rows = tl.load(indices_ptr + first + which, mask=first + which < last, other=0)
     if PDL:
         gdc_wait()  # for the partials; what was read so far is older
     for block in range(first, last, UNROLL):
+        next_rows = tl.load(indices_ptr + block + UNROLL + which, mask=block + UNROLL + which < last, other=0)
         # unrolled, so that the loads of all partials are in flight together
         for i in tl.static_range(UNROLL):
             ok = block + i < last
-            row = tl.load(indices_ptr + block + i, mask=ok, other=0).to(tl.int64) * num_q_heads + head
+            row = tl.sum(tl.where(which == i, rows, 0)).to(tl.int64) * num_q_heads + head
             part_lse = tl.load(part_lse_ptr + row, mask=head_ok & ok, other=float("-inf"))
             part = tl.load(
                 part_out_ptr + row[:, None] * HEAD_DIM_V + offs_d[None, :], mask=mask & ok, other=0.0
             )
             acc, running_max, running_sum = fold(acc, running_max, running_sum, part, part_lse)
+        rows = next_rows
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head, mask=head_ok, other=0.0).to(tl.float32)
         acc, running_max, running_sum = fold_sink(acc, running_max, running_sum, sink)
