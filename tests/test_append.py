@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from steps import BATCH, DIM, HEADS, KV_HEADS, LAYOUTS, PREFIX, ROOM, TREE, growing, normal, queries, suffix
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import hydragen
 from hydragen import PackedKV, PagedKV, PrefixTree
+from hydragen.validation.append import entangled
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -53,15 +55,17 @@ def test_a_step_appends_and_attends(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch.compile cannot trace
-def test_a_compiled_step_appends() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_compiled_step_appends(layout: str) -> None:
     """With inductor, which does a bare copy of what is overwritten next too late; seen on CPUs."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         pytest.skip("a GPU machine may lack the C++ compiler that inductor takes for CPUs")
     torch.compiler.reset()
-    kv, lens, views = growing("levels", device)
+    kv, lens, views = growing(layout, device)
     plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, backend="reference")
-    before = [suffix("levels", views, which).clone() for which in (0, 1)]
+    grow = lens[1] if layout == "levels" else lens[1:]
+    before = [suffix(layout, views, which).clone() for which in (0, 1)]
 
     @torch.compile
     def step(q: Tensor, lens: Any, k: Tensor, v: Tensor) -> Any:
@@ -73,11 +77,11 @@ def test_a_compiled_step_appends() -> None:
     with torch.no_grad():
         for t in range(2):
             new = [normal(BATCH, 1, KV_HEADS, DIM, seed=10 * t + i, device=device) for i in range(2)]
-            lens[1] += 1
+            grow += 1
             out = step(q, lens, *new)
             for which in (0, 1):
                 before[which][:, t] = new[which][:, 0]
-                assert torch.equal(suffix("levels", views, which), before[which])
+                assert torch.equal(suffix(layout, views, which), before[which])
             torch.testing.assert_close(out, hydragen.attention(q, kv, tree=TREE, kv_lens=lens))
 
 
@@ -258,3 +262,42 @@ def test_appending_within_a_transform_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"Plan.append cannot|Plan.append computes"):
             call()
+
+
+def test_caches_that_overlap_are_refused() -> None:
+    """In all ways that strides can describe: judged by the elements themselves."""
+    generator = np.random.default_rng(0)
+    memory = torch.arange(4000)
+    met = 0
+    for _ in range(1000):
+        sizes = generator.integers(1, 5, generator.integers(2, 5)).tolist()
+        strides, reach = [0] * len(sizes), 0
+        for dim in generator.permutation(len(sizes)):
+            strides[dim] = reach + int(generator.integers(1, 4))
+            reach += strides[dim] * (sizes[dim] - 1)
+        others = [*sizes[:-1], int(generator.integers(1, sizes[-1] + 1))]
+        a, b = (memory.as_strided(size, strides, int(generator.integers(60))) for size in (sizes, others))
+        expected = bool(set(a.flatten().tolist()) & set(b.flatten().tolist()))
+        assert entangled(a, b) == expected, (sizes, others, strides)
+        met += expected
+    assert 200 < met < 800
+
+    tree, new = PrefixTree.from_parents([-1] * 3), torch.ones(3, 1, 2, 8)
+    together = torch.zeros(3, 4, 3, 8)
+    for k, v, message in (
+        (together[:, :, :2], together[:, :, 1:], "v must have memory of its own"),
+        (
+            together[:, :, :2],
+            together[:, :, :2].clone().as_strided((3, 4, 2, 8), (16, 16, 8, 1)),
+            "a place for",
+        ),
+    ):
+        plan = hydragen.plan(tree, [(k, v)], num_q_heads=2, kv_lens=[torch.zeros(3, dtype=torch.long)])
+        plan.update([torch.ones(3, dtype=torch.long)])
+        with pytest.raises(ValueError, match=message):
+            plan.append([(k, v)], new, new)
+    halves = torch.zeros(3, 2, 4, 2, 8)  # as pools of keys and values in one tensor are
+    plan = hydragen.plan(tree, [(halves[:, 0], halves[:, 1])], num_q_heads=2, kv_lens=[torch.ones(3).long()])
+    plan.update([torch.full((3,), 2)])
+    plan.append([(halves[:, 0], halves[:, 1])], new, 2 * new)
+    assert halves[:, 0].sum() * 2 == halves[:, 1].sum() == 2 * new.numel() * 1

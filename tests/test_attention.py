@@ -287,3 +287,17 @@ def test_no_query_at_all(backend: str, device: torch.device) -> None:
             q[:, 0], kv, cu_seqlens_q=[0, 0, 0], batch_invariant=batch_invariant, backend=backend
         )
         assert packed.shape == (0, 2, 16)
+
+
+def test_the_default_device_is_not_asked() -> None:
+    """Only where tensors are counts; with rows in another order than the tree's, which are looked at."""
+    tree = hydragen.PrefixTree.from_parents([-1, 0, 0], row_to_node=[2, 1])
+    kv = hydragen.PackedKV(*torch.randn(2, 12, 2, 8), [0, 5, 8, 12])
+    q = torch.randn(2, 1, 4, 8)
+    expected = hydragen.attention(q, kv, tree=tree, backend="reference")
+    torch.set_default_device("meta")
+    try:
+        out = hydragen.attention(q, kv, tree=tree, backend="reference")
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(out, expected)

@@ -18,7 +18,7 @@ import hydragen
 from hydragen import api, lengths
 from hydragen.testing import Problem, assert_within_budget, view
 from hydragen.testing.bounds import checked_accesses
-from hydragen.validation import queries
+from hydragen.validation import planned, queries
 
 PROBLEM = Problem(
     parents=(-1, 0, 0, 1),
@@ -238,3 +238,23 @@ def test_lengths_on_the_device_have_a_plan_of_their_own(backend: str, device: to
     short = hydragen.attention(q, [(k, v)], kv_lens=[on(device, [3, 30])], backend=backend)
     assert not torch.equal(full[0], short[0])
     torch.testing.assert_close(full[1], short[1])
+
+
+def test_offsets_of_a_plan_made_in_inference_mode(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan owns can be updated outside of the mode in which it was made."""
+    monkeypatch.setattr(planned, "on_device", lambda x: isinstance(x, Tensor))
+    tree, kv = hydragen.PrefixTree.from_levels([[4], [3, 3]]), torch.randn(2, 10, 2, 16, device=device)
+    packed = hydragen.PackedKV(kv[0], kv[1], [0, 4, 7, 10])
+    with torch.inference_mode():
+        first = on(device, [0, 2, 3])
+        plan = hydragen.plan(
+            tree, packed, num_q_heads=4, cu_seqlens_q=first, max_seqlen_q=2, total_q=3, backend=backend
+        )
+    other, q = on(device, [0, 1, 3]), torch.randn(3, 4, 16, device=device)
+    plan.update(cu_seqlens_q=other)
+    expected = hydragen.attention(
+        q, packed, tree=tree, cu_seqlens_q=[0, 1, 3], causal=True, backend="reference"
+    )
+    torch.testing.assert_close(plan.run(q, packed, causal=True), expected)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import hydragen
@@ -293,6 +293,18 @@ def test_fake_tensors_leave_nothing_behind() -> None:
         out = hydragen.attention(mode.from_tensor(q), fake, causal=True, kv_lens=[[3, 7]])
     assert out.shape == q.shape
     hydragen.attention(q, kv, causal=True, kv_lens=[[3, 7]])
+
+
+@pytest.mark.parametrize("real_allowed", [True, False])
+def test_fake_tensors_leave_a_plan_as_it_is(real_allowed: bool) -> None:
+    q, kv = torch.randn(2, 2, 2, 8), [(torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8))]
+    plan = hydragen.plan(hydragen.PrefixTree.from_levels([[9, 9]]), kv, num_q_heads=2, q_len=2)
+    with FakeTensorMode(allow_non_fake_inputs=real_allowed) as mode:
+        fake = [tuple(mode.from_tensor(x) for x in kv[0])]
+        out = plan.run(mode.from_tensor(q), fake, causal=True)
+    assert isinstance(out, FakeTensor)
+    assert out.shape == q.shape
+    torch.testing.assert_close(plan.run(q, kv, causal=True), hydragen.attention(q, kv, causal=True))
 
 
 def test_a_saved_handle_finds_nothing_in_another_process() -> None:

@@ -1,6 +1,9 @@
 """Wrong plans, runs and updates, each refused by name."""
 
+import copy
+import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,10 +29,18 @@ WRONG_PLANS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("both", {"q_len": 1, "cu_seqlens_q": [0, 1, 2]}, ValueError, "q_len must be left out"),
     ("rows", {"cu_seqlens_q": [0, 1]}, ValueError, "cu_seqlens_q must have one offset per row"),
     ("total", {"total_q": 3}, ValueError, "total_q must come with cu_seqlens_q"),
+    ("total type", {"cu_seqlens_q": [0, 1, 2], "total_q": 2.0}, TypeError, "total_q must be an integer"),
+    (
+        "total",
+        {"cu_seqlens_q": [0, 1, 2], "total_q": 3},
+        ValueError,
+        "total_q must be the last of cu_seqlens_q, 2",
+    ),
     ("max", {"cu_seqlens_q": [0, 3, 4], "max_seqlen_q": 2}, ValueError, "max_seqlen_q must be at least"),
-    ("reserve", {"reserve": 0.5}, ValueError, "reserve must be a finite number of at least 1, got 0.5"),
-    ("reserve nan", {"reserve": float("nan")}, ValueError, "reserve must be a finite number"),
-    ("reserve type", {"reserve": "2"}, TypeError, "reserve must be a finite number of at least 1"),
+    ("reserve", {"reserve": 0.5}, ValueError, "reserve must be a number from 1 to 1e6, got 0.5"),
+    ("reserve nan", {"reserve": float("nan")}, ValueError, "reserve must be a number from 1 to 1e6, got nan"),
+    ("reserve huge", {"reserve": 1e30}, ValueError, "reserve must be a number from 1 to 1e6, got 1e+30"),
+    ("reserve type", {"reserve": "2"}, TypeError, "reserve must be a number from 1 to 1e6"),
     ("backend", {"backend": "cuda"}, ValueError, "backend must be one of"),
     ("lens", {"kv_lens": [None, [4, 5]]}, ValueError, "kv_lens[1] must not exceed"),
 ]
@@ -121,3 +132,27 @@ def test_trees_and_layouts_that_do_not_fit_the_plan() -> None:
     )
     with pytest.raises(ValueError, match="kv_lens must be given with kv"):
         growing.update(kv=PagedKV(pool, pool, table, [2, 1, 0]))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_plans_are_not_copied(duplicate: Callable[[object], object]) -> None:
+    """A copy would share memory that the original updates, or know nothing of graphs."""
+    plan = hydragen.plan(**RIGHT)
+    with pytest.raises(TypeError, match=r"a Plan cannot be copied or pickled.*make another with hydragen"):
+        duplicate(plan)
+    assert torch.equal(plan.run(Q, KV), hydragen.attention(Q, KV))
+
+
+def test_other_pages_alone_are_checked_for_fresh_tokens() -> None:
+    """Tokens of the last update may not be written yet: two of them must not share a place."""
+    pool = torch.zeros(6, 2, 2, 8)
+    tree, lens = PrefixTree.from_parents([-1, 0, 0]), torch.tensor([2, 1, 1])
+    plan = hydragen.plan(tree, PagedKV(pool, pool, [0, 1, 2, 3], [0, 1, 2]), num_q_heads=4, kv_lens=lens)
+    plan.update(lens + torch.tensor([0, 1, 1]))
+    with pytest.raises(
+        ValueError, match="page_indices must give every new token a place of its own, got page 1"
+    ):
+        plan.update(page_indices=[0, 1, 1], validate=True)
+    plan.update(page_indices=[0, 1, 3], validate=True)
+    plan.update(lens + torch.tensor([0, 1, 1]))  # nothing is new any more
+    plan.update(page_indices=[0, 1, 1], validate=True)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from steps import HEADS, TREE, layer, queries, state
+from steps import HEADS, TREE, layer, normal, queries, state
 from torch import Tensor
 
 import hydragen
+from hydragen import PrefixTree
 
 
 def test_runs_are_not_recognised_by_looks_alone(backend: str, device: torch.device) -> None:
@@ -87,3 +88,24 @@ def test_kinds_of_runs_do_not_pile_up(device: torch.device) -> None:
     for step in range(600):
         plan.run(q, kv, scale=1 + step / 1000)
     assert len(plan._runner._ready) <= 256
+
+
+def test_layers_of_the_tree_before_are_not_recognised(backend: str, device: torch.device) -> None:
+    """A row that ended at the second slot may end at the third now, which the old layer does not have."""
+    before, after = (
+        PrefixTree.from_parents([-1, 0, 0]),
+        PrefixTree.from_parents([-1, 0, 0, 0], row_to_node=[3, 2]),
+    )
+    old, new = (
+        [(normal(1, 5, 2, 16, device=device),) * 2, (normal(rows, 4, 2, 16, device=device),) * 2]
+        for rows in (2, 3)
+    )
+    lens = [torch.tensor([5], device=device), torch.tensor([4, 4], device=device)]
+    plan = hydragen.plan(before, old, num_q_heads=4, kv_lens=lens, reserve=2.0, backend=backend)
+    q = normal(2, 1, 4, 16, device=device)
+    for _ in range(2):
+        plan.run(q, old)
+    plan.update([lens[0], torch.tensor([4, 4, 4], device=device)], tree=after, kv=new)
+    with pytest.raises(ValueError, match="must have the shape that the plan was made for"):
+        plan.run(q, old)
+    torch.testing.assert_close(plan.run(q, new), hydragen.attention(q, new, tree=after, backend=backend))

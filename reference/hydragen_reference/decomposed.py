@@ -161,4 +161,4 @@ def _is_every_token(tokens: Tensor, total_q: int) -> bool:
     """Whether `tokens` lists all tokens in order; False on an accelerator, where looking would wait."""
     if tokens.device.type != "cpu" or tokens.numel() != total_q:
         return False
-    return bool((tokens.flatten() == torch.arange(total_q)).all())
+    return bool((tokens.flatten() == torch.arange(total_q, device=tokens.device)).all())

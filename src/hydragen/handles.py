@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import weakref
+from typing import NoReturn
 
 _objects: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 
@@ -22,3 +23,14 @@ def of_handle(handle: int) -> object:
     if thing is None:
         raise ValueError(f"handle must be that of a living object, got {handle}; keep the PrefixTree alive")
     return thing
+
+
+class NotCopied:
+    """What owns memory at addresses that captured graphs know: copies would share it, or know no graph."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse copy, deepcopy and pickle."""
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled, since it owns memory that captured graphs "
+            "know by its address; make another with hydragen.plan"
+        )

@@ -182,7 +182,8 @@ def _places(
 
 def node_kv_of_packed(k: Tensor, v: Tensor, cu_seqlens_k: IntArray) -> NodeKV:
     """Place each node at its token offset."""
-    slot, capacity = cu_seqlens_k[:-1], np.diff(cu_seqlens_k)
+    # copied: torch.compile traces no array that is a view of another
+    slot, capacity = cu_seqlens_k[:-1].copy(), np.diff(cu_seqlens_k)
     level = np.zeros_like(slot)
     return NodeKV(
         (k,), (v,), (strides_of(k),), (strides_of(v),), level, slot, capacity, (True,), by_level=False
@@ -192,7 +193,7 @@ def node_kv_of_packed(k: Tensor, v: Tensor, cu_seqlens_k: IntArray) -> NodeKV:
 def node_kv_of_pages(k: Tensor, v: Tensor, page_indptr: IntArray, page_indices: Tensor) -> NodeKV:
     """Place each node at its first entry of the page table."""
     pages = Pages(page_indices, k.shape[1], k.shape[0])
-    slot, capacity = page_indptr[:-1], np.diff(page_indptr) * pages.size
+    slot, capacity = page_indptr[:-1].copy(), np.diff(page_indptr) * pages.size
     level, strides = np.zeros_like(slot), (strides_of(k), strides_of(v))
     return NodeKV((k,), (v,), strides[:1], strides[1:], level, slot, capacity, (False,), False, pages)
 

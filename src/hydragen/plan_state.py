@@ -17,7 +17,7 @@ from hydragen.lengths import KVLens, node_index
 from hydragen.slots import Growth, Slots, SlotTables
 from hydragen.transforms import lasting_memory
 from hydragen.validation.planned import Planned
-from hydragen.validation.update import check_new_places
+from hydragen.validation.update import check_new_places, lengths_now
 from hydragen.work import WorkPlan
 
 # Launches of so many kinds of layers and options outlast a change of the tree.
@@ -67,11 +67,16 @@ class PlanState:
             self.kv_lens.copy_(clamped)
         self.refresh(planned, work)
 
-    def check_places(self, planned: Planned, lens: KVLens, pages: Tensor | None) -> None:
-        """Raise if new lengths, with other page numbers or those of now, would make writes overlap."""
+    def check_places(self, planned: Planned, lens: KVLens | None, pages: Tensor | None) -> None:
+        """Raise if new lengths or page numbers, with those of now in place of None, make writes overlap."""
         pages = self.pages if pages is None else pages
-        if self.kv_lens is not None and pages is not None:
-            check_new_places(planned, self.kv_lens, lens, pages)
+        if self.kv_lens is None or self._before is None or pages is None:
+            return
+        if lens is None:  # the tokens of the last update may still be written
+            now = self.kv_lens.clamp(min=0)[: planned.tree.num_nodes].cpu().numpy().astype(np.int64)
+            check_new_places(planned, self._before, now, pages)
+        else:
+            check_new_places(planned, self.kv_lens, lengths_now(lens), pages)
 
     def set_pages(self, indices: Tensor) -> None:
         """Take over other page numbers."""

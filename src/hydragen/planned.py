@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hydragen.backends import Backend
 from hydragen.backends.tokens import replace_constants
 from hydragen.capacity import Capacity, capacity_for, fitted
 from hydragen.explain import Explanation, explanation
-from hydragen.handles import new_handle
+from hydragen.handles import NotCopied, new_handle
 from hydragen.kv import KV
 from hydragen.lengths import KVLens, check_kv_lens
 from hydragen.ops import implement_run, run_in_graph
@@ -32,7 +33,7 @@ from hydragen.validation.update import (
 from hydragen.work import WorkPlan, make_work_plan
 
 
-class Plan:
+class Plan(NotCopied):
     """Attention over one structure, planned once: `run` it for every layer, `update` it from step to step.
 
     Made by `hydragen.plan`. It owns its tables and the memory for partial results, so its runs follow one
@@ -110,7 +111,7 @@ class Plan:
         TypeError, ValueError
             If the tensors are not those that the plan was made for, or options are out of range.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
             state = run_in_graph(
                 self.handle, q, kv, scale, causal, window, softcap, sinks, return_lse, out_dtype
             )
@@ -133,6 +134,7 @@ class Plan:
 
         Lengths, page numbers and offsets on the device are not read back: such an update waits for nothing
         and can be captured. A new tree is laid out on the host and copied over; it must fit the `reserve`.
+        torch.compile breaks its graph at an update: fullgraph=True is for `run`.
 
         Parameters
         ----------
@@ -174,8 +176,8 @@ class Plan:
         elif kv_lens is not None:
             room = None if self._state.kv_lens is None else self._work.kv_lens
             lens = check_new_lens(planned, room, kv_lens, validate)
-            if validate:
-                self._state.check_places(planned, lens, indices)
+        if validate and (lens is not None or indices is not None):
+            self._state.check_places(planned, lens, indices)
         if indices is not None:
             self._state.set_pages(indices)
             self._runner.forget()

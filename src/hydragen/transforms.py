@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad
 
 from hydragen_reference.segment import in_transform
@@ -21,8 +22,12 @@ def wraps_memory() -> bool:
 
 @contextmanager
 def lasting_memory() -> Iterator[None]:
-    """Allocate what outlives the call: as if there were no transform and no inference mode around it."""
-    with torch.inference_mode(False), torch._C._DisableFuncTorch():  # noqa: SLF001 - no public name either
+    """Allocate what outlives the call: as if no transform, inference mode or fake mode were around it."""
+    with (
+        torch.inference_mode(False),
+        torch._C._DisableFuncTorch(),  # noqa: SLF001 - no public name either
+        unset_fake_temporarily(),
+    ):
         yield
 
 

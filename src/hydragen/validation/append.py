@@ -36,7 +36,8 @@ def check_append(
             "Plan.append", "append outside of it", [(f"{where} {name}", cache), (name, tensor)]
         )
         caches.append(cache)
-    if caches[0].data_ptr() == caches[1].data_ptr() and caches[0].numel() and k is not v:
+    one = k is v and caches[0].data_ptr() == caches[1].data_ptr() and caches[0].stride() == caches[1].stride()
+    if not one and entangled(*caches):
         raise ValueError(
             f"{where} v must have memory of its own, or new values would overwrite new keys, got that of "
             f"{where} k; pass the same tensor as k and v if they are the same, or copy one"
@@ -44,8 +45,34 @@ def check_append(
     return caches[0], caches[1]
 
 
+def entangled(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of `a` lies where one of `b` does; strides are those of `_check_writable`."""
+    apart, rest = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
+    spans = [sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) for x in (a, b)]
+    if not a.numel() or not b.numel() or apart > spans[0] or -apart > spans[1]:
+        return False
+    if rest or a.stride() != b.stride():
+        return True  # entangled in a way that nobody needs
+    # `apart` as a sum of strides times differences of indices, the largest first
+    return _reachable(apart, sorted(zip(a.stride(), a.shape, b.shape, strict=True), reverse=True))
+
+
+def _reachable(apart: int, steps: list[tuple[int, int, int]]) -> bool:
+    if not steps:
+        return apart == 0
+    (stride, size_a, size_b), *smaller = steps
+    reach = sum(s * max(m, n) for s, m, n in smaller)
+    low = max(-(-(apart - reach) // max(stride, 1)), 1 - size_b)
+    high = min((apart + reach) // max(stride, 1), size_a - 1)
+    return any(_reachable(apart - by * stride, smaller) for by in range(low, high + 1))
+
+
 def _check_writable(cache: Tensor, given: object, name: str) -> None:
-    if cache is not given or any(s == 0 and n > 1 for s, n in zip(cache.stride(), cache.shape, strict=True)):
+    reach, own = 0, cache is given
+    for stride, size in sorted(zip(cache.stride(), cache.shape, strict=True)):
+        own = own and (size == 1 or stride > reach)  # each step beyond all that smaller ones reach
+        reach += stride * (size - 1)
+    if not own and cache.numel():
         raise ValueError(
             f"{name} must have a place for each element to append to, got a view with strides "
             f"{list(cache.stride())}; make it with .contiguous()"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from hydragen.host_ints import IntArray, as_positive_int, frozen
 from hydragen.kv import KV, NodeKV, PackedKV, PagedKV, strides_of
 from hydragen.lengths import on_device
 from hydragen.queries import Heads
+from hydragen.transforms import lasting_memory
 from hydragen.tree import PrefixTree
 from hydragen.validation.kv import check_kv
 from hydragen.validation.queries import (
@@ -27,6 +27,9 @@ from hydragen.validation.queries import (
 )
 from hydragen.validation.tables import Tables, tables_of, tensors_of
 from hydragen.validation.tensors import check_tensor, kind, shown
+
+# Tables of a million times the work: far beyond any use, and nothing that numbers cannot count.
+_MOST_RESERVE = 1e6
 
 
 class Planned(NamedTuple):
@@ -108,7 +111,8 @@ def _check_rows(
         )
     if on_device(cu_seqlens_q):
         rows = check_device_offsets(cu_seqlens_q, device, max_seqlen_q)
-        rows = rows._replace(cu_seqlens_q=cu_seqlens_q.clone())  # a plan's own, for updates in place
+        with lasting_memory():  # a plan's own, for updates in place
+            rows = rows._replace(cu_seqlens_q=cu_seqlens_q.clone())
         tokens = as_max(total_q, "total_q", "the number of tokens in packed q")
         _check_count(rows.lens, num_rows)
         return rows, (tokens,)
@@ -121,7 +125,7 @@ def _check_rows(
             f"max_seqlen_q must be at least the query tokens of the longest row, {longest}, got "
             f"{max_seqlen_q}; raise it"
         )
-    if total_q is not None and total_q != cu[-1]:
+    if total_q is not None and as_max(total_q, "total_q", "the last of cu_seqlens_q") != cu[-1]:
         raise ValueError(
             f"total_q must be the last of cu_seqlens_q, {cu[-1]}, got {shown(total_q)}; leave it out"
         )
@@ -137,12 +141,12 @@ def _check_count(lens: IntArray, num_rows: int) -> None:
 
 
 def check_reserve(reserve: object) -> float:
-    """Return how many times its tables a plan has room for: a finite number of at least 1."""
-    expected = "reserve must be a finite number of at least 1"
+    """Return how many times its tables a plan has room for: a number from 1 to 1e6."""
+    expected = "reserve must be a number from 1 to 1e6"
     if isinstance(reserve, bool) or not isinstance(reserve, numbers.Real):
         raise TypeError(f"{expected}, got {shown(reserve)}; 2.0 leaves room for twice the work")
     number = float(reserve)
-    if not (math.isfinite(number) and number >= 1):
+    if not 1 <= number <= _MOST_RESERVE:  # nor NaN
         raise ValueError(f"{expected}, got {number}; 2.0 leaves room for twice the work")
     return number
 

@@ -97,14 +97,19 @@ def check_new_pages(planned: Planned, page_indices: object, validate: bool) -> T
     return indices
 
 
-def check_new_places(planned: Planned, before: Tensor, lens: KVLens, pages: Tensor) -> None:
+def lengths_now(lens: KVLens) -> IntArray:
+    """Return lengths as they are; reads those on the device back."""
+    now = lens.planned.copy()
+    for nodes, given in lens.on_device:
+        now[nodes] = np.minimum(np.maximum(given.cpu().numpy(), 0), now[nodes])
+    return now
+
+
+def check_new_places(planned: Planned, before: Tensor, now: IntArray, pages: Tensor) -> None:
     """Raise if two tokens share a place in the pool, and one of them is new; reads lengths and pages back."""
     table = planned.nodes.pages
     if table is None:
         return
-    now = lens.planned.copy()
-    for nodes, given in lens.on_device:
-        now[nodes] = np.minimum(np.maximum(given.cpu().numpy(), 0), now[nodes])
     owner = np.repeat(np.arange(now.size), now)
     token = np.arange(owner.size) - (np.cumsum(now) - now)[owner]
     entry = planned.nodes.slot[owner] + token // table.size
