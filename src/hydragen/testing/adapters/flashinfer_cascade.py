@@ -1,7 +1,11 @@
 """FlashInfer's MultiLevelCascadeAttentionWrapper, where it is installed: a prefix and suffixes, paged.
 
-The wrapper masks its last level only, so causal queries that stand in the prefix are outside of its scope, as
-its documentation says; it returns no log-sum-exp. Needs a GPU.
+Read against flashinfer-python 0.7.2.post1. `plan` takes per level the rows' offsets and a page table, and
+`run` one pool of pages for all levels; scale and soft cap are those of every level. The causal mask is the
+last level's alone, so causal queries that stand in the prefix are out of scope; a window would be counted
+from the end of each level on its own, and `run` takes no sinks and returns no log-sum-exp. What is documented
+is 1 to page_size tokens in a segment's last page: an empty segment, which is not mentioned, is handed
+over as no pages and a last page of 0 tokens, for who asks with ``--capability empty=yes``. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ def _wrapper() -> Any:
 def attention(problem: Problem, inputs: Inputs) -> Tensor:
     """``out`` for a prefix (node 0) and a suffix per row."""
     wrapper = _wrapper()
-    if 0 in problem.kv_lens:
-        raise NotImplementedError("a segment has at least one page")
+    own = [problem.kv_lens[node] for node in problem.row_to_node]
+    if problem.causal and any(q_len > kv_len for q_len, kv_len in zip(problem.q_lens, own, strict=True)):
+        raise NotImplementedError("causal queries must stand in their own segment: no other level is masked")
     pages = inputs.pages or paged(problem, inputs, _PAGE_SIZE)
     indptr = pages.page_indptr.tolist()
     levels: list[list[Tensor]] = [[], [], [], []]
@@ -46,7 +51,8 @@ def attention(problem: Problem, inputs: Inputs) -> Tensor:
     ):
         of_level = [pages.page_indices[indptr[node] : indptr[node + 1]] for node in nodes]
         counts = torch.tensor([0, *(len(indices) for indices in of_level)]).cumsum(0)
-        last = [(problem.kv_lens[node] - 1) % pages.page_size + 1 for node in nodes]
+        lens = [problem.kv_lens[node] for node in nodes]
+        last = [(kv_len - 1) % pages.page_size + 1 if kv_len else 0 for kv_len in lens]
         tables = (q_indptr, counts, torch.cat(of_level), torch.tensor(last))
         for level, table in zip(levels, tables, strict=True):
             level.append(table.to("cuda", torch.int32))
@@ -56,7 +62,7 @@ def attention(problem: Problem, inputs: Inputs) -> Tensor:
         problem.num_kv_heads,
         problem.head_dim,
         pages.page_size,
-        causal=False,
+        causal=problem.causal,
         sm_scale=problem.logit_scale,
         logits_soft_cap=problem.softcap,
         q_data_type=problem.dtype,
@@ -73,8 +79,7 @@ attention.capabilities = {  # type: ignore[attr-defined]
     "dtypes": ("float16", "bfloat16"),
     "head_dims": (64, 128, 256),
     "same_head_dim_v": True,
-    "group_sizes": (1, 2, 4, 8),
-    "causal": False,
+    "empty": False,
     "window": False,
     "sinks": False,
     "lse": False,
