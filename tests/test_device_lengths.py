@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from judged import attend, check
@@ -32,6 +33,7 @@ PROBLEM = Problem(
     sharpness="peaked",
 )
 OPTIONS = [{}, {"causal": True}, {"causal": True, "window": 9, "sinks": True, "softcap": 9.0}]
+CPU = torch.device("cpu")
 OPTION_NAMES = ["plain", "causal", "everything"]
 
 
@@ -225,10 +227,23 @@ def test_tiles_without_a_single_query(options: dict[str, Any], backend: str, dev
     torch.testing.assert_close(out, expected[:, 0])
 
 
-def test_scattered_nodes_are_clamped(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": 4}], ids=["plain", "causal"])
+def test_scattered_nodes_are_clamped(options: dict[str, Any], backend: str, device: torch.device) -> None:
     problem = replace(PROBLEM, parents=(-1, 0, -1, 1, 2), kv_lens=(9, 0, 17, 3, 2), row_to_node=(3, 4, 2, 1))
+    problem = replace(problem, **options)
     kv_lens = [on(device, [9, 17]), on(device, [-5, 2]), None]
     check(problem, backend, device, layout="levels", kv_lens=kv_lens, cu_seqlens_q=[0, 3, 4, 6, 7])
+
+
+def test_lengths_of_all_nodes_with_as_few_launches_as_can_be() -> None:
+    """Nodes that are not neighbours are put in their places, and lengths below 0 count as 0."""
+    planned = torch.tensor([9, 5, 17, 3], dtype=torch.int32)
+    scattered = lengths.KVLens(planned.numpy().astype("int64"), ((np.array([0, 2]), on(CPU, [-5, 20])),))
+    assert scattered.unclamped(planned) is None
+    clamped = scattered.clamped(planned, lambda nodes: lengths.node_index(nodes, {}, CPU))
+    assert clamped.tolist() == [0, 5, 17, 3]
+    neighbours = scattered._replace(on_device=((np.array([1, 2]), on(CPU, [4, 16])),))
+    assert neighbours.unclamped(planned).tolist() == [9, 4, 16, 3]
 
 
 def test_lengths_on_the_device_have_a_plan_of_their_own(backend: str, device: torch.device) -> None:

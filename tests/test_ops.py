@@ -61,6 +61,23 @@ def test_compiled_levels_equal_eager_bit_for_bit(tensors: tuple[Tensor, ...]) ->
     assert torch.equal(lse, expected.lse)
 
 
+def test_the_default_device_is_not_asked(tensors: tuple[Tensor, ...]) -> None:
+    """Lengths in lists stay on the host."""
+    q, pk, pv = tensors[:3]
+
+    def attend(q: Tensor, pk: Tensor, pv: Tensor) -> object:
+        return hydragen.attention(q, [(pk, pv)], kv_lens=[[7]])
+
+    expected = attend(q, pk, pv)
+    torch.set_default_device("meta")
+    try:
+        out = compiled(attend)(q, pk, pv)
+    finally:
+        torch.set_default_device(None)
+    assert isinstance(out, Tensor)
+    assert torch.equal(out, expected)
+
+
 def test_growing_lengths_and_batches_do_not_recompile(tensors: tuple[Tensor, ...]) -> None:
     graph = compiled(two_levels)
     graph(*tensors, torch.tensor([3, 10, 0, 7]))

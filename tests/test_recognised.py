@@ -7,6 +7,7 @@ from torch import Tensor
 
 import hydragen
 from hydragen import PrefixTree
+from hydragen.plan_state import lasting
 
 
 def test_runs_are_not_recognised_by_looks_alone(backend: str, device: torch.device) -> None:
@@ -109,3 +110,9 @@ def test_layers_of_the_tree_before_are_not_recognised(backend: str, device: torc
     with pytest.raises(ValueError, match="must have the shape that the plan was made for"):
         plan.run(q, old)
     torch.testing.assert_close(plan.run(q, new), hydragen.attention(q, new, tree=after, backend=backend))
+
+
+def test_the_newest_launches_last() -> None:
+    """When the tree changes a plan keeps its tables and the launches that it made last."""
+    uploads: dict[object, object] = {"tables": 0, **{(i, "strides"): i for i in range(70)}}
+    assert sorted(lasting(uploads).values()) == [0, *range(6, 70)]

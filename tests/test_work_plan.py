@@ -57,6 +57,24 @@ def test_a_plan_knows_what_it_was_made_for() -> None:
         assert {launch.links.shape for launch in work.launches} == {(0, len(LINK_COLUMNS))}
 
 
+def test_a_run_without_links_takes_none_of_another_launch() -> None:
+    """A node of its own in one tile, beside a run of three in another."""
+    tree = PrefixTree.from_parents([-1, -1, 1, 2], [33, 40, 50, 70], row_to_node=[0, 3])
+    plan = plan_of(tree, np.ones(2, np.int64), HEADS["8/2 half"], H200)
+    segments = plan.work.segments
+    assert sorted(np.diff(segments.indptr)) == [1, 3]
+    alone = int(np.diff(segments.indptr).argmin())
+    for tile_of_alone in (0, 1):
+        tile = np.full(2, 1 - tile_of_alone)
+        tile[alone] = tile_of_alone
+        moved = replace(segments, tile=tile, split_size=np.full(2, 4096))
+        work = lay_out_work(
+            packed_nodes(tree), plan.kv_lens, plan.queries, moved, plan.work.tiles, plan.heads, True
+        )
+        links = {launch.tile: launch.links.shape[0] for launch in work.launches}
+        assert links == {plan.work.tiles[tile_of_alone]: 0, plan.work.tiles[1 - tile_of_alone]: 1}
+
+
 def test_runs_in_several_tiles_have_their_own_links() -> None:
     """Each launch counts its links from 0, whichever come before in other launches."""
     chains = PrefixTree.from_parents([-1, 0, 1, -1, 3, 4, 5], [33, 40, 50, 70, 9, 17, 1], row_to_node=[2, 6])

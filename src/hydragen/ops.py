@@ -282,4 +282,5 @@ def _host_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     # what does not hold integers is left as it is, for the operator to refuse
-    return torch.as_tensor(value) if len(value) else torch.zeros(0, dtype=torch.int64)
+    empty = torch.zeros(0, dtype=torch.int64, device="cpu")
+    return torch.as_tensor(value, device="cpu") if len(value) else empty

@@ -35,7 +35,8 @@ def run(
     Returns
     -------
     out, lse
-        As the implementation returned them, moved to the CPU; ``lse`` is None if there is none.
+        Copies, on the CPU, of what the implementation returned, which may use its memory again; ``lse`` is
+        None if there is none.
 
     Raises
     ------
@@ -46,7 +47,11 @@ def run(
     """
     __tracebackhide__ = True
     out, lse = run_in_place(implementation, problem, problem.tensors() if inputs is None else inputs)
-    return out.detach().cpu(), None if lse is None else lse.detach().cpu()
+    return _copied(out), None if lse is None else _copied(lse)
+
+
+def _copied(result: Tensor) -> Tensor:
+    return result.detach().to("cpu", copy=True)
 
 
 def run_in_place(

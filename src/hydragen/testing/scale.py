@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,7 @@ def _smallest(
     ends = min(ends, time.monotonic() + SHRINK_SECONDS)
     whole = forest.case(case)
 
+    @cache  # asked once for each: a function with a race may answer otherwise the next time
     def fails(problem: Problem) -> bool:
         if problem != whole and (not can.allows(problem) or time.monotonic() > ends):
             return False

@@ -9,6 +9,8 @@ from typing import Any
 
 from hydragen.testing.problem import Problem
 
+COUNTS = ("cases", "refused", "without_lse")
+
 
 @dataclass
 class Tally:
@@ -18,6 +20,10 @@ class Tally:
     ----------
     cases
         Results of an implementation that were compared with the oracle.
+    refused
+        Problems that it would not do (NotImplementedError).
+    without_lse
+        Results among `cases` that had no lse to judge.
     worst
         Largest error as a multiple of its budget (1 is the border), by dtype and by ``"out"`` or ``"lse"``.
     last
@@ -27,6 +33,8 @@ class Tally:
     """
 
     cases: int = 0
+    refused: int = 0
+    without_lse: int = 0
     worst: dict[str, dict[str, float]] = field(default_factory=dict)
     last: Problem | None = None
     where: str = ""
@@ -38,7 +46,8 @@ class Tally:
 
     def merge(self, other: dict[str, Any]) -> None:
         """Add what another tally said by `as_dict`."""
-        self.cases += other["cases"]
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + other[name])
         for dtype, of_dtype in other["worst"].items():
             mine = self.worst.setdefault(dtype, {})
             for name, ratio in of_dtype.items():
@@ -46,7 +55,8 @@ class Tally:
 
     def as_dict(self) -> dict[str, Any]:
         """Counts as numbers and strings."""
-        return {"cases": self.cases, "worst": {dtype: dict(names) for dtype, names in self.worst.items()}}
+        worst = {dtype: dict(names) for dtype, names in self.worst.items()}
+        return {**{name: getattr(self, name) for name in COUNTS}, "worst": worst}
 
 
 _open: list[Tally] = []
@@ -69,10 +79,17 @@ def saw_run(problem: Problem) -> None:
         tally.last = problem
 
 
+def saw_refusal() -> None:
+    """An implementation would not do a problem."""
+    for tally in _open:
+        tally.refused += 1
+
+
 def saw_result(problem: Problem, ratios: dict[str, float], failure: str) -> None:
     """A result was compared with the oracle; ``failure`` is empty if it is within its budget."""
     for tally in _open:
         tally.cases += 1
+        tally.without_lse += "lse" not in ratios
         for name, ratio in ratios.items():
             tally.add(problem, name, ratio)
         if failure:

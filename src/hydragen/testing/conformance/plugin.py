@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 
-from hydragen.testing import laws
 from hydragen.testing.conformance.capabilities import Capabilities, parsed
 from hydragen.testing.conformance.known import Known, read
 from hydragen.testing.conformance.report import Report, about_run
+from hydragen.testing.conformance.smallest import smallest
 from hydragen.testing.conformance.subject import Session, Subject, adapt, load, session
-from hydragen.testing.problem import Problem
-from hydragen.testing.shrink import shrink
 from hydragen.testing.tally import Tally, tallied
 
 EXAMPLES = {"dev": 15, "ci": 150, "nightly": 10_000}
@@ -232,7 +230,8 @@ def pytest_runtest_makereport(
     seen: dict[str, Any] = {"law": _law(item), "name": _name(item), **tally.as_dict()}
     if call.excinfo is not None and not isinstance(call.excinfo.value, pytest.fail.Exception):
         where = tally.where or str(call.excinfo.value).partition("\n")[0]
-        seen["problem"], seen["where"] = _smallest(item, tally.last, where)
+        implementation = item.callspec.params["implementation"]  # type: ignore[attr-defined]  # it is a function
+        seen["problem"], seen["where"] = smallest(implementation, tally.last, where)
     report.conformance = seen  # type: ignore[attr-defined]  # plain values: xdist carries them along
     if call.when == "call":  # for JUnit, which takes them from the item when it ends
         item.user_properties.append(("cases", tally.cases))
@@ -241,32 +240,6 @@ def pytest_runtest_makereport(
                 (f"worst_{name}_{dtype}", f"{ratio:.3g}") for name, ratio in of_dtype.items()
             ]
     return report
-
-
-def _smallest(item: Any, last: Problem | None, where: str) -> tuple[str, str]:
-    """The case with which Hypothesis ends, shrunk further where the oracle alone shows that it fails, and
-    what is wrong with it: `where` belongs to the case before it is shrunk.
-    """
-    implementation = item.callspec.params["implementation"]
-
-    def wrong(problem: Problem) -> str:
-        if not (session.capabilities.allows(problem) and session.known.allows(problem)):
-            return ""
-        with tallied() as tally:
-            try:
-                laws.matches_oracle(implementation, problem)
-            except AssertionError as error:
-                return tally.where or str(error).partition("\n")[0] or "it fails"
-            except Exception:  # noqa: BLE001 - another failure, or a problem that the function refuses
-                return ""
-        return ""
-
-    if last is None:
-        return "", where
-    if wrong(last):
-        last = shrink(last, lambda problem: wrong(problem) != "", max_runs=200)
-        where = wrong(last)
-    return repr(last), where
 
 
 class _Collector:

@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 
 from hydragen.testing.conformance.subject import Session, session
-from hydragen.testing.tally import Tally
+from hydragen.testing.tally import COUNTS, Tally
 
 HELD, FAILED, KNOWN, SKIPPED = "held", "FAILED", "fails, as known", "not tested"
 # What the JSON file counts them as
@@ -53,7 +53,7 @@ class Law:
             "outcome": self.outcome,
             "reason": self.reason,
             "seconds": round(self.seconds, 3),
-            "cases": seen["cases"],
+            **{name: seen[name] for name in COUNTS},
             "worst_over_budget": worst,
             "smallest_failing_problem": self.problem,
             "where": self.where,
@@ -121,6 +121,10 @@ class Report:
             f"{self.count(SKIPPED)} not tested; {total.cases:,} cases within the budget"
             + "".join(f", {dtype} at most {_ratio(total, dtype)}" for dtype in sorted(total.worst))
         )
+        if total.refused:
+            lines.append(f"{total.refused:,} problems were refused by the function (NotImplementedError)")
+        if total.without_lse and session.capabilities.lse is not False:
+            lines.append(f"{total.without_lse:,} of these cases came without lse, which was not judged there")
         for law in self.laws.values():
             if law.outcome == FAILED and law.problem:
                 lines += ["", f"smallest failing case of {law.name}: {law.where}", f"  {law.problem}"]
@@ -132,7 +136,7 @@ class Report:
         content = {
             **about_run(session, config),
             "counts": {name: self.count(outcome) for name, outcome in COUNTED.items()},
-            "cases": total.cases,
+            **{name: getattr(total, name) for name in COUNTS},
             "worst_over_budget": total.as_dict()["worst"],
             "laws": [law.as_dict() for law in self.laws.values()],
         }

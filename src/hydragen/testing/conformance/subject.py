@@ -19,6 +19,7 @@ from hydragen.testing.conformance.known import Known
 from hydragen.testing.inputs import Inputs
 from hydragen.testing.judge import Implementation, assert_unmodified
 from hydragen.testing.problem import Problem
+from hydragen.testing.tally import saw_refusal
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def load(path: str) -> Callable[..., Any]:
 def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implementation:
     """The function as an implementation: on its device, with one argument or two.
 
-    What it raises as NotImplementedError is out of its scope: Hypothesis leaves such examples out, and other
-    callers see it.
+    What it raises as NotImplementedError is out of its scope: Hypothesis leaves such examples out, the report
+    counts them, and other callers see it.
     """
     takes_inputs = _num_arguments(function) != 1
 
@@ -120,7 +121,14 @@ def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implement
         except NotImplementedError:
             if not currently_in_test_context():
                 raise
+            saw_refusal()
             reject()
+        except (pytest.skip.Exception, pytest.xfail.Exception) as error:
+            # it would end the whole law, and pass for one that was never tried
+            raise AssertionError(
+                f"the implementation called pytest's {type(error).__name__.lower()}: raise NotImplementedError "
+                "for what it cannot do; --known-failures lists what it gets wrong"
+            ) from error
         if there is not inputs:  # a copy: the caller cannot see what became of it
             assert_unmodified(problem, inputs, there.to(inputs.q.device))
         returned: tuple[Any, ...] = tuple(result) if isinstance(result, (tuple, list)) else (result,)
