@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from hydragen.host_ints import IntArray, as_int_vector, frozen
 from hydragen.transformers.layers import PrefixLayer
 from hydragen.transformers.levels import Level
-from hydragen.transformers.logits import LastLogits
+from hydragen.transformers.logits import LastLogits, Pending
 from hydragen.transformers.options import check_options
 from hydragen.transformers.rows import Rows
 from hydragen.transformers.support import (
@@ -63,7 +63,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
     def __init__(self, model: PreTrainedModel) -> None:
         self._start(check_model(model), Rows.none(len(layer_windows(model)), model.device))
         self._weights = Weights()
-        self._begin(LastLogits.none(0), np.empty(0, dtype=np.int64))
+        self._begin(LastLogits.none(0), Pending.none(0))
 
     def _start(self, model: PreTrainedModel, rows: Rows) -> None:
         self.model, self.rows = model, rows
@@ -74,7 +74,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         windows = enumerate(layer_windows(model))
         super().__init__(layers=[PrefixLayer(i, rows, window, latent, used) for i, window in windows])
 
-    def _begin(self, logits: LastLogits, pending: IntArray) -> None:
+    def _begin(self, logits: LastLogits, pending: Pending) -> None:
         """Take over what is known of the rows' ends; `reset` comes back to it."""
         self._logits, self._pending, self._origin = logits, pending, (logits, pending)
 
@@ -94,7 +94,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
 
         One more than `lengths` has for rows whose last generated token has not been fed yet.
         """
-        return frozen(self.lengths + (self._pending >= 0))
+        return frozen(self.lengths + (self._pending.get(self.lengths) >= 0))
 
     @property
     def stored_tokens(self) -> int:
@@ -129,7 +129,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
             raise ValueError("input_ids must hold a prompt or more, got none; pass token ids")
         check_tokens(self.model, prompts, np.zeros(len(prompts), dtype=np.int64))
         self.rows.adopt(len(prompts))
-        self._logits, self._pending = LastLogits.none(len(prompts)), np.full(len(prompts), -1)
+        self._logits, self._pending = LastLogits.none(len(prompts)), Pending.none(len(prompts))
         return self.extend(prompts)
 
     def extend(self, input_ids: object) -> PrefixCache:
@@ -148,7 +148,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
             )
         check_tokens(self.model, given, self.next_positions)
         # The last token that was generated has not been through the model yet.
-        waiting = self._pending[:, None]
+        waiting = self._pending.get(self.lengths)[:, None]
         new = [np.append(first[first >= 0], ids) for first, ids in zip(waiting, given, strict=True)]
         counts = np.array([ids.size for ids in new], dtype=np.int64)
         self.rows.reserve(counts)
@@ -157,7 +157,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
                 live = group[counts[group] > begin]
                 logits = self._run(live, [new[row][begin : begin + PREFILL_TOKENS] for row in live])
                 self._logits = self._logits.updated(live, logits, self.lengths)
-        self._pending = np.full(self.num_rows, -1)
+        self._pending = Pending.none(self.num_rows)
         self._weights.see(self.model)
         return self
 
@@ -188,19 +188,16 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         forked = PrefixCache.__new__(PrefixCache)
         levels, parents = mine.levels, mine.parents[chosen]
         if mine.lens.any():
-            tails = tuple(layer.kv()[-1] for layer in self.layers)
+            tails = tuple(layer.shared_tail() for layer in self.layers)
             levels, parents = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails)), chosen
         # SLF001: another object of this class, which no caller could fill in
         forked._start(self.model, Rows(levels, frozen(parents), mine.num_layers, mine.device))  # noqa: SLF001
         forked._weights = self._weights  # noqa: SLF001
-        forked._begin(self._logits.of_rows(chosen), self._pending[chosen])  # noqa: SLF001
+        forked._begin(self._logits.of_rows(chosen), self._pending.of_rows(chosen))  # noqa: SLF001
         return forked
 
     def reset(self) -> None:
-        """Forget what the rows added since they were forked; the shared prefix stays.
-
-        A cache that has not been forked forgets everything, its rows included.
-        """
+        """Forget what the rows added since they were forked; a cache that was not forked forgets its rows."""
         self.rows.clear()
         if not self.rows.levels:
             self.rows.adopt(0)
@@ -214,6 +211,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         for layer in self.layers:
             layer.reorder(chosen)
         self.rows.permute(chosen)
+        self._logits, self._pending = self._logits.of_rows(chosen), self._pending.of_rows(chosen)
 
     def check_weights(self) -> None:
         """Raise a ValueError if the weights changed since this cache was filled, as far as that shows.
@@ -224,7 +222,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         self._weights.check(self.model)
 
     def invalidate(self) -> None:
-        """Say that the weights changed: this cache and its forks refuse to go on."""
+        """Say that the weights changed: neither this cache nor its forks go on."""
         self._weights.valid = False
 
     def generate(self, input_ids: object = None, **options: Any) -> list[Completion]:
@@ -242,8 +240,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         list of Completion
             One per row, in order.
         """
-        # Not at the top: generation is made of caches.
-        from hydragen.transformers.generate import continue_rows  # noqa: PLC0415 - a cycle otherwise
+        from hydragen.transformers.generate import continue_rows  # noqa: PLC0415 - made of caches: a cycle
 
         check_options(options, continue_rows, "PrefixCache.generate")
         return continue_rows(self, input_ids, **options)
@@ -262,8 +259,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
     def end_decode(self, rows: IntArray, lens: IntArray, pending: IntArray) -> None:
         """Say what rows hold, and which token each of them made last and has not been fed."""
         self.rows.end_decode(rows, lens)
-        self._pending = self._pending.copy()
-        self._pending[rows] = pending
+        self._pending = self._pending.noted(rows, pending, self.lengths)
 
     @property
     def _is_user_defined(self) -> bool:
@@ -273,8 +269,9 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
     def _is_user_defined(self, _: bool) -> None:
         # transformers' generate marks the caches it is given when it begins: a new prompt, to be checked.
         self.check_weights()
+        self.rows.forget_announcements()
         self.rows.fresh = True
-        self._pending = np.full(self.num_rows, -1)  # generate feeds whole sequences
+        self._pending = Pending.none(self.num_rows)  # generate feeds whole sequences
 
     def _run(self, rows: IntArray, ids: Sequence[IntArray]) -> Tensor:
         """Run tokens ids[i] of rows[i] through the model; logits of the last ones, [rows, vocabulary]."""
@@ -284,11 +281,12 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
             return self._forward(tokens.to(self.model.device), positions.to(self.model.device))
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        out = self.model(
-            tokens, position_ids=positions, past_key_values=self, use_cache=True, **self._only_last
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        options = {"past_key_values": self, "use_cache": True, **self._only_last}
+        try:
+            out = self.model(tokens, position_ids=positions, **options)
+        finally:
+            self.rows.forget_announcements()  # those of a pass that broke off before its first layer
+        return cast("Tensor", out.logits[:, -1])
 
     def _unsupported(self, *_: object, **__: object) -> NoReturn:
         raise NotImplementedError(

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hydragen.host_ints import IntArray, as_positive_int
+from hydragen.host_ints import IntArray, as_int_vector, as_positive_int
 from hydragen.transformers.batches import Prompts, rows_at_a_time
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.decode import decode
@@ -167,7 +167,9 @@ def stop_ids(model: PreTrainedModel, given: Sequence[int] | int | None) -> list[
         given = getattr(model.generation_config, "eos_token_id", None)
     if given is None:
         return []
-    return [given] if isinstance(given, int) else [int(x) for x in given]
+    several = [given] if isinstance(given, (int, np.integer)) else given
+    found: list[int] = as_int_vector(several, "stop_token_ids").tolist()
+    return found
 
 
 def _checked_prompts(
@@ -236,7 +238,10 @@ def continue_rows(
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p)
     cache.check_weights()
     size = cache.num_rows
-    limits = np.broadcast_to(np.asarray(max_new_tokens, dtype=np.int64), (size,)).copy()
+    each = [max_new_tokens] * size if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = as_int_vector(each, "max_new_tokens")
+    if limits.size != size:
+        raise ValueError(f"max_new_tokens must be an int, or one per row, {size}, got {limits.size} of them")
     if size == 0 or (limits < 0).any() or not limits.any():
         raise ValueError(
             f"max_new_tokens must be at least 1 for a row or more, got {max_new_tokens!r} for {size} rows; "
@@ -252,9 +257,11 @@ def continue_rows(
                 f"row {row} must leave room for {limits[row]} new tokens in the model's {most} positions, "
                 f"got {ends[row] - limits[row]} tokens; ask for fewer"
             )
+    # what may be refused comes before the first change of the cache
+    seeds, stop = draw_seeds(seed, size), stop_ids(cache.model, stop_token_ids)
     cache.extend(given)
-    seeds = of_the_first(cache.model, draw_seeds(seed, size))
-    done = decode(cache, limits, seeds, sampling, stop_ids(cache.model, stop_token_ids), logprobs)
+    seeds = of_the_first(cache.model, seeds)
+    done = decode(cache, limits, seeds, sampling, stop, logprobs)
     return [
         Completion(
             one.row,

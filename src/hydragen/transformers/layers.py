@@ -43,6 +43,8 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         # The tails, flat: [layout.total, heads, dim]
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        # A fork reads the tails as they are: tokens may be added, not moved
+        self.shared = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
@@ -80,6 +82,11 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         shared = [level.kv[self.index] for level in self.rows.levels]
         return shared if self.layout is None else [*shared, self.layout.as_kv(*self._tails())]
 
+    def shared_tail(self) -> PackedKV | tuple[Tensor, Tensor]:
+        """Return the tail for a fork to read for as long as it likes."""
+        self.shared = True
+        return self.kv()[-1]
+
     def _tails(self) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             raise RuntimeError("this layer has no tails yet; the attention function makes them")
@@ -107,18 +114,22 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
             for new, tail in zip((keys, values), self._tails(), strict=True):
                 new.index_copy_(0, target, tail[source])
         self.keys, self.values, self.layout, self.is_initialized = keys, values, layout, True
+        self.shared = False
 
     def drop(self) -> None:
         """Forget the tail; its memory goes unless a fork shares it."""
         self.keys = self.values = None
         self.layout = self.incoming = None
-        self.is_initialized = False
+        self.is_initialized = self.shared = False
         self.steps = self.rows.steps
 
     def reorder(self, rows: IntArray) -> None:
         """Move the tails so that row i continues what row rows[i] was."""
         if self.layout is not None:
             source, target = self.layout.moves(self.layout, self.rows.lens, rows)
+            if self.shared:
+                self.keys, self.values = (tail.clone() for tail in self._tails())
+                self.shared = False
             for tail in self._tails():
                 tail.index_copy_(0, target.to(tail.device), tail[source.to(tail.device)])
 

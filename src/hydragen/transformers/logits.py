@@ -1,4 +1,4 @@
-"""The logits after each row's last token, kept once for rows that share it."""
+"""What is known of each row's end: the logits after its last token, and the token chosen but not yet fed."""
 
 from __future__ import annotations
 
@@ -56,3 +56,37 @@ class LastLogits(NamedTuple):
                 "got one that ends elsewhere; extend the cache with the tokens to go on from"
             )
         return self.values[torch.from_numpy(self.kept_at[rows]).to(self.values.device)]
+
+
+class Pending(NamedTuple):
+    """Tokens that were generated last and have not been through the model.
+
+    Attributes
+    ----------
+    tokens : int64 [rows]
+        -1 where there is none.
+    lengths : int64 [rows]
+        How long each row was when its token was chosen: another length, and somebody has fed it since.
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+
+    @classmethod
+    def none(cls, size: int) -> Pending:
+        """No row has one."""
+        return cls(np.full(size, -1), np.full(size, -1))
+
+    def noted(self, rows: IntArray, tokens: IntArray, lengths: IntArray) -> Pending:
+        """Return these with `tokens` for `rows`, all rows being `lengths` long now."""
+        all_tokens, noted = self.tokens.copy(), self.lengths.copy()
+        all_tokens[rows], noted[rows] = tokens, lengths[rows]
+        return Pending(all_tokens, noted)
+
+    def of_rows(self, rows: IntArray) -> Pending:
+        """Return those of rows that continue `rows`."""
+        return Pending(self.tokens[rows], self.lengths[rows])
+
+    def get(self, lengths: IntArray) -> IntArray:
+        """Return the token of each row, -1 where there is none, all rows being `lengths` long."""
+        return np.where(self.lengths == lengths, self.tokens, -1)

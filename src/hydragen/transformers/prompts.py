@@ -80,9 +80,10 @@ def _listed(value: object, name: str) -> list[Prompt]:
 def draw_seeds(seed: int | Sequence[int] | None, count: int) -> IntArray:
     """Return a seed per sequence: the given ones, or all derived from one, or from torch's own state."""
     if seed is None:
-        return torch.randint(2**62, (count,)).numpy()
+        return torch.randint(2**62, (count,), device="cpu").numpy()
     if isinstance(seed, int):
-        return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).numpy()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randint(2**62, (count,), generator=generator, device="cpu").numpy()
     seeds = token_row(seed, "seed")
     if seeds.size != count:
         raise ValueError(f"seed must be an int, or {count} of them, one per sequence, got {seeds.size}")

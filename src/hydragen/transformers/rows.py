@@ -82,7 +82,7 @@ class Rows:
 
     def announce(self, rows: IntArray, counts: IntArray) -> None:
         """Say what the next forward pass brings: counts[i] tokens, at the right end, for row rows[i]."""
-        self.announced = rows, counts
+        self.announced, self.prepared = (rows, counts), False
 
     def begin_step(self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Work out where a forward pass's tokens go, and count them; the first layer calls this."""
@@ -131,6 +131,8 @@ class Rows:
         """
         # One place more: rows that are done go on being computed until they are dropped, and write there.
         layout = self._room(self.lens + _scattered(self.size, rows, room + 1))
+        # as the host has them: a loop that was interrupted has counted on the device alone
+        self.lens_on_device = torch.from_numpy(self.lens.astype(np.int32)).to(self.device)
         self.slots = torch.from_numpy(rows).to(self.device)
         self.first_target = torch.from_numpy(layout.starts[rows]).to(self.device)
         self.first_position = torch.from_numpy(self.path_lens[rows]).to(self.device)
@@ -148,6 +150,10 @@ class Rows:
         self.step.plans.update()  # type: ignore[union-attr]  # decode steps have made them
         self.prepared = True
         return self.first_position + lens
+
+    def forget_announcements(self) -> None:
+        """Forget what was said of the next forward pass."""
+        self.prepared, self.announced = False, None
 
     def forget_step(self) -> None:
         """Undo the notes of a step that was never run."""

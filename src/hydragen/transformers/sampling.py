@@ -72,7 +72,7 @@ class Sampling:
         return draw(torch.softmax(self._filtered(logits.float()), dim=-1), uniform(seeds, counts))
 
     def _filtered(self, logits: Tensor) -> Tensor:
-        none = torch.empty(0)  # the filters take the tokens so far, and do not look at them
+        none = torch.empty(0, device="cpu")  # the filters take the tokens so far, and do not look at them
         logits = TemperatureLogitsWarper(float(self.temperature))(none, logits)
         if self.top_k is not None:
             logits = TopKLogitsWarper(self.top_k)(none, logits)

@@ -126,8 +126,8 @@ def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implement
         except (pytest.skip.Exception, pytest.xfail.Exception) as error:
             # it would end the whole law, and pass for one that was never tried
             raise AssertionError(
-                f"the implementation called pytest's {type(error).__name__.lower()}: raise NotImplementedError "
-                "for what it cannot do; --known-failures lists what it gets wrong"
+                f"the implementation called pytest's {type(error).__name__.lower()}: raise "
+                "NotImplementedError for what it cannot do; --known-failures lists what it gets wrong"
             ) from error
         if there is not inputs:  # a copy: the caller cannot see what became of it
             assert_unmodified(problem, inputs, there.to(inputs.q.device))
