@@ -74,7 +74,8 @@ def generate(
     """Answer every prompt of a file n times; what prompts share is computed and stored once.
 
     Answers are written as they finish. After an interruption the same command goes on where it stopped:
-    nothing is lost and nothing is made twice. A larger n adds answers to those that are there.
+    nothing is lost and nothing is made twice. With a --temperature, a larger n adds answers to those that
+    are there; without one, -n 1 is greedy and more are drawn, which is another job.
     """
     from tqdm import tqdm
 

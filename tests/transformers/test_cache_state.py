@@ -170,3 +170,33 @@ def test_words_of_eight_bytes_begin_at_their_places() -> None:
     x = torch.arange(64, dtype=torch.float16)
     assert in_words(x[4:36].view(4, 8))
     assert not in_words(x[3:35].view(4, 8))
+
+
+def test_a_prefill_that_fails_leaves_the_cache_empty(ours: PreTrainedModel) -> None:
+    """In the model's second layer, when the first has stored its tokens."""
+    cache = PrefixCache(ours)
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    hook = ours.model.layers[1].register_forward_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.prefill(ROWS)
+    hook.remove()
+    assert cache.num_rows == cache.stored_tokens == 0
+    assert answers(cache.prefill(ROWS)) == [greedy(ours, row, 4) for row in ROWS]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}])
+def test_logits_that_are_no_numbers(ours: PreTrainedModel, options: dict[str, Any]) -> None:
+    """From the third token on, in the second row: said, not answered with some token."""
+    cache, passes = PrefixCache(ours).prefill(ROWS), 0
+
+    def spoil(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return out if passes < 2 else out.index_fill(0, torch.tensor([1]), torch.nan)
+
+    ours.lm_head.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"got NaN .* for row 1 after 2 new tokens"):
+        cache.generate(max_new_tokens=6, stop_token_ids=[], **options)

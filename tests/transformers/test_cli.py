@@ -184,6 +184,40 @@ def test_bad_files(model_folder: Path, tmp_path: Path, line: str, message: str) 
     assert message in done.output
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": 1}', "must be an answer, with the numbers of its prompt and sample"),
+        (b'{"prompt": true, "sample": 0}', "must be an answer"),
+        (b'{"prompt": [1], "sample": 0}', "must be an answer"),
+        (b"5", "must be an answer"),
+        (b"null", "must be an answer"),
+        (b"\xff", "must be JSON in UTF-8"),
+        (b"[" * 100_000, "must be JSON in UTF-8"),
+    ],
+)
+def test_lines_that_are_no_answers(model_folder: Path, prompts: Path, line: bytes, message: str) -> None:
+    assert generate(model_folder, prompts).exit_code == 0
+    answers = prompts.with_suffix(".answers.jsonl")
+    before = answers.read_bytes()
+    answers.write_bytes(before + line + b"\n")
+    done = generate(model_folder, prompts)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert f"{answers}:{before.count(10) + 1}" in done.output
+    assert "remove that line" in done.output
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("note", [b"", b"[1]", b"{", b"\xff"])
+def test_a_note_that_is_none(model_folder: Path, prompts: Path, note: bytes) -> None:
+    assert generate(model_folder, prompts).exit_code == 0
+    prompts.with_name("prompts.answers.jsonl.job.json").write_bytes(note)
+    done = generate(model_folder, prompts)
+    assert done.exit_code == 2
+    assert "as a JSON object, got something else" in done.output
+
+
 def test_a_job_whose_prompts_are_mended_begins_anew(model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": [9999]}')

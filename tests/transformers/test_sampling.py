@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -62,12 +64,34 @@ def test_filters() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_sample": True, "temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        (
+            {"do_sample": True, "temperature": 0.0},
+            "temperature must be a positive number, 1.18e-38 or more, got 0.0",
+        ),
         ({"do_sample": True, "top_k": 0}, "top_k must be"),
         ({"do_sample": True, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        (
+            {"do_sample": True, "temperature": 1e-39},
+            "temperature must be a positive number, 1.18e-38 or more",
+        ),
         ({"temperature": 0.5}, "do_sample must be True"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_lowest_temperature_takes_the_likeliest(size: float) -> None:
+    logits = torch.tensor([[0.25, 0.5, -1.0], [-3.0, -2.5, -2.75]]) * size
+    coldest = Sampling(do_sample=True, temperature=torch.finfo(torch.float32).tiny)
+    assert coldest.choose(logits, torch.tensor([3, 4]), torch.tensor([0, 0])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(do_sample=True, top_k=2, top_p=0.9, min_p=0.1)])
+def test_nothing_is_chosen_from_what_is_no_number(sampling: Sampling) -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0], [9.0, math.nan, 0.0], [1.0, -math.inf, -math.inf]])
+    chosen = sampling.choose(logits, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    assert chosen[1:].tolist() == [-1, 0]
+    assert chosen[0] >= 0

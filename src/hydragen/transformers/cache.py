@@ -52,7 +52,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
     Raises
     ------
     TypeError, ValueError
-        If the model cannot work over shared prefixes; the message says why.
+        If the model cannot work over shared prefixes, and why.
 
     Examples
     --------
@@ -120,17 +120,19 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
                 "its rows, fork() makes new rows that share them"
             )
         prompts = token_rows(input_ids, "input_ids")
-        for i, ids in enumerate(prompts):
-            if ids.size == 0:
-                raise ValueError(
-                    f"input_ids[{i}] must hold a token or more, got an empty prompt; leave it out"
-                )
+        empty = [i for i, ids in enumerate(prompts) if ids.size == 0]
+        if empty:
+            raise ValueError(f"input_ids[{empty[0]}] must hold a token or more, got none; leave it out")
         if not prompts:
             raise ValueError("input_ids must hold a prompt or more, got none; pass token ids")
         check_tokens(self.model, prompts, np.zeros(len(prompts), dtype=np.int64))
         self.rows.adopt(len(prompts))
         self._logits, self._pending = LastLogits.none(len(prompts)), Pending.none(len(prompts))
-        return self.extend(prompts)
+        try:
+            return self.extend(prompts)
+        except BaseException:
+            self.reset()
+            raise
 
     def extend(self, input_ids: object) -> PrefixCache:
         """Run more tokens through the model, appended to the rows; rows may get none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class State:
         The token to be fed next.
     active : bool [rows]
         Whether the row goes on; the others are computed until they are dropped, and count for nothing.
+    broken : bool [rows]
+        Whether the model's logits for the row were no numbers, so that it ended.
     made, limit, seed : int64 [rows]
         New tokens so far, at most, and the seed.
     tokens : int64 [rows, max_new_tokens]
@@ -55,6 +57,7 @@ class State:
 
     token: Tensor
     active: Tensor
+    broken: Tensor
     made: Tensor
     limit: Tensor
     seed: Tensor
@@ -69,6 +72,7 @@ class State:
         return cls(
             token=zeros,
             active=torch.ones(size, dtype=torch.bool, device=device),
+            broken=torch.zeros(size, dtype=torch.bool, device=device),
             made=zeros.clone(),
             limit=torch.from_numpy(limits).to(device),
             seed=torch.from_numpy(seeds).to(device),
@@ -80,6 +84,9 @@ class State:
     def accept(self, logits: Tensor, sampling: Sampling, stop: Tensor) -> None:
         """Choose the next tokens and note them, in place: a captured step reads and writes these tensors."""
         chosen = sampling.choose(logits, self.seed, self.made)
+        self.broken.logical_or_(self.active & (chosen < 0))
+        self.active.logical_and_(~self.broken)
+        chosen = chosen.clamp(min=0)
         place = self.made.clamp(max=self.tokens.shape[1] - 1)[:, None]
         notes = [(self.tokens, chosen)]
         if self.logprobs.shape[1]:
@@ -129,7 +136,10 @@ def decode(
         made, active = state.made.cpu().numpy(), state.active.cpu().numpy()
         # The token a row made last has not been fed.
         cache.end_decode(rows, start[rows] + made - 1, state.token.cpu().numpy())
-        yield from _finished(state, np.flatnonzero(~active & ~reported), rows, stop_token_ids)
+        broken = state.broken.cpu().numpy()
+        yield from _finished(state, np.flatnonzero(~active & ~reported & ~broken), rows, stop_token_ids)
+        if broken.any():
+            _refuse(cache, int(rows[broken][0]), int(made[broken][0]))
         reported |= ~active
         if reported.all():
             return
@@ -189,6 +199,14 @@ class Step:
         with batched_experts(self.cache.model, self.batched_experts):
             logits = self.cache.decode(self.state.token, self.state.active)
         self.state.accept(logits, self.sampling, self.stop)
+
+
+def _refuse(cache: PrefixCache, row: int, made: int) -> NoReturn:
+    raise ValueError(
+        f"the logits of {type(cache.model).__name__} must be numbers, got NaN (or infinities to draw from) "
+        f"for row {row} after {made} new tokens; look for weights that are NaN, and for float16 that "
+        "overflows: bfloat16 does not"
+    )
 
 
 def _finished(

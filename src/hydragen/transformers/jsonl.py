@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
@@ -52,7 +52,7 @@ def read_prompts(path: Path, tokenizer: Any, model: str) -> dict[str, list[int]]
         If a line is not a prompt, or needs a tokenizer or template that is not there; names file and line.
     """
     prompts = {}
-    for number, line, record in _records(path.read_text(encoding="utf-8"), path, f"write {FORMS}"):
+    for number, line, record in _records(path.read_bytes(), path, f"write {FORMS}"):
         where = f"{path}:{number}"
         if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
             raise ValueError(f"{where} must have either prompt or messages, got {line[:60]}; write {FORMS}")
@@ -110,7 +110,7 @@ class Answers:
         Raises
         ------
         ValueError
-            If the file belongs to another job.
+            If the file belongs to another job, or holds what is no answer; names the line and what to do.
         """
         asked = {**self.job.settings, "prompts": _digest(self.job.prompts)}
         if not self.path.exists() or not self.path.stat().st_size:
@@ -118,14 +118,29 @@ class Answers:
             self.note.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
             self.path.touch()
             return set()
-        before = json.loads(self.note.read_text(encoding="utf-8")) if self.note.exists() else None
+        before = self._noted()
         if before != asked:
-            differ = [k for k in asked if before is None or before.get(k) != asked[k]]
+            differ = [k for k in asked if before.get(k) != asked[k]]
             raise ValueError(
                 f"{self.path} holds answers of another job, with other {', '.join(differ)}; give --out "
                 "another file, or remove this one"
             )
         return self.written()
+
+    def _noted(self) -> dict[str, Any]:
+        """Return what the note says was asked for; nothing if there is none."""
+        if not self.note.exists():
+            return {}
+        try:
+            before = json.loads(self.note.read_bytes())
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{self.note} must say what {self.path} answers, as a JSON object, got something else; give "
+                "--out another file, or remove both"
+            )
+        return before
 
     def written(self) -> set[tuple[int, int]]:
         """Return the answers in the file; a line that was cut off is removed."""
@@ -133,8 +148,17 @@ class Answers:
         whole = whole[: whole.rfind(b"\n") + 1]
         with self.path.open("r+b") as file:
             file.truncate(len(whole))
-        records = _records(whole.decode("utf-8"), self.path, "remove that line: its answer is made again")
-        return {(record["prompt"], record["sample"]) for _, _, record in records}
+        remedy = "remove that line: its answer is made again"
+        have = set()
+        for number, line, record in _records(whole, self.path, remedy):
+            place = (record.get("prompt"), record.get("sample")) if isinstance(record, dict) else (None, None)
+            if not all(type(x) is int and x >= 0 for x in place):
+                raise ValueError(
+                    f"{self.path}:{number} must be an answer, with the numbers of its prompt and sample, got "
+                    f"{line[:60]}; {remedy}"
+                )
+            have.add(cast("tuple[int, int]", place))
+        return have
 
     def write(
         self, answers: Iterator[Completion], places: list[tuple[int, int]]
@@ -158,16 +182,17 @@ class Answers:
                 yield prompt, sample
 
 
-def _records(text: str, path: Path, remedy: str) -> Iterator[tuple[int, str, Any]]:
+def _records(lines: bytes, path: Path, remedy: str) -> Iterator[tuple[int, str, Any]]:
     """Yield each line's number, the line, and what it says; blank ones are left out."""
     # Not by splitlines, for which a text within a line may hold ends of lines: U+0085, U+2028 and others.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for number, raw in enumerate(lines.split(b"\n"), start=1):
+        if not raw.strip():
             continue
         try:
+            line = raw.decode("utf-8")
             yield number, line, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} must be JSON: {error}; {remedy}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} must be JSON in UTF-8: {error}; {remedy}") from error
 
 
 def _digest(prompts: Sequence[Any]) -> str:

@@ -11,6 +11,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from hydragen.host_ints import as_positive_int
 
+_TINY = torch.finfo(torch.float32).tiny
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
@@ -37,9 +38,11 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        # Below, float32 has no reciprocal of it, and a GPU may take it for 0.
+        if not (math.isfinite(self.temperature) and self.temperature >= _TINY):
             raise ValueError(
-                f"temperature must be a positive number, got {self.temperature}; do_sample=False is greedy"
+                f"temperature must be a positive number, {_TINY:.3g} or more, got {self.temperature}; "
+                "do_sample=False is greedy"
             )
         if self.top_k is not None:
             as_positive_int(self.top_k, "top_k")
@@ -66,10 +69,16 @@ class Sampling:
         Returns
         -------
         int64 [rows]
+            -1 where there is nothing to choose from: logits that are NaN, or, to draw from, infinite.
         """
         if not self.do_sample:
-            return logits.argmax(dim=-1)
-        return draw(torch.softmax(self._filtered(logits.float()), dim=-1), uniform(seeds, counts))
+            top, tokens = logits.max(dim=-1)  # a NaN counts as the largest
+            return torch.where(top.isnan(), -1, tokens)
+        logits = logits.float()
+        # The largest becomes 0, so that no temperature makes an infinity of it.
+        probabilities = torch.softmax(self._filtered(logits - logits.amax(dim=-1, keepdim=True)), dim=-1)
+        tokens = draw(probabilities, uniform(seeds, counts))
+        return torch.where(probabilities[:, 0].isnan(), -1, tokens)
 
     def _filtered(self, logits: Tensor) -> Tensor:
         none = torch.empty(0, device="cpu")  # the filters take the tokens so far, and do not look at them
