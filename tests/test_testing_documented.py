@@ -1,4 +1,4 @@
-"""The function that docs/conformance.md shows from beginning to end is right, and stops to be by one expression."""
+"""The function that docs/conformance.md shows is right, and no longer when one of its expressions is changed."""
 
 import os
 import re
