@@ -1,4 +1,4 @@
-"""The function that docs/conformance.md shows is right, and no longer when one of its expressions is changed."""
+"""The function that docs/conformance.md shows is right, and not once an expression of it is changed."""
 
 import os
 import re
