@@ -127,6 +127,7 @@ def test_clones_and_moves_keep_strides_and_share_nothing(memory):
     for copy in (inputs.clone(), inputs.to("meta")):
         for name in ("q", "k", "v"):
             assert getattr(copy, name).stride() == getattr(inputs, name).stride()
+            assert getattr(copy, name).storage_offset() == getattr(inputs, name).storage_offset()
     copy = inputs.clone()
     copy.k.zero_()
     assert inputs.k.abs().sum() > 0

@@ -82,7 +82,7 @@ def test_restride_moves_values_and_poisons_the_gaps(shape, memory):
     everything = torch.empty(0).set_(moved.untyped_storage())
     assert int((~everything.isnan()).sum()) == tensor.numel()
     if min(shape) > 1:
-        assert moved.is_contiguous() == (memory == "contiguous")
+        assert moved.is_contiguous() == (memory in ("contiguous", "shifted"))
 
 
 @pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
@@ -96,7 +96,8 @@ def test_every_view_has_the_strides_asked_for(kv_layout, memory):
         "paged": lambda: made.kv.k_cache,
     }[kv_layout]()
     for tensor in (made.q, k):
-        assert tensor.is_contiguous() == (memory == "contiguous")
+        assert tensor.is_contiguous() == (memory in ("contiguous", "shifted"))
+        assert (tensor.storage_offset() == 1) == (memory in ("shifted", "interleaved"))
         assert (tensor.stride(-1) == 2) == (memory == "interleaved")
 
 

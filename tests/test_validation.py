@@ -206,6 +206,15 @@ def test_more_than_32_bits_can_count_is_refused() -> None:
         tree = PrefixTree.from_parents([-1] * (len(offsets) - 1), row_to_node=[0])
         with pytest.raises(ValueError, match=message):
             hydragen.attention(q, hydragen.PackedKV(k, k, offsets), tree=tree)
+    # one token fewer than is refused, over several trees
+    size = 2**31 - 2**16
+    offsets = [0, 4, *(4 + i * (size // 8) for i in range(1, 8)), size - 1]
+    k, more = one.expand(size - 1, 2, 8), one.expand(size, 2, 8)
+    tree = PrefixTree.from_parents([-1] * 9, row_to_node=[0])
+    out = hydragen.attention(q, hydragen.PackedKV(k, k, offsets), tree=tree, backend="reference")
+    torch.testing.assert_close(out, hydragen.attention(q, [(k[None, :4], k[None, :4])], backend="reference"))
+    with pytest.raises(ValueError, match="kv must hold fewer than 2147418112 tokens"):
+        hydragen.attention(q, hydragen.PackedKV(more, more, [*offsets[:-1], size]), tree=tree)
     longest = one.expand(2**29, 2, 8)
     plan = hydragen.plan(
         PrefixTree.from_parents([-1]), hydragen.PackedKV(longest, longest, [0, 2**29]), num_q_heads=4

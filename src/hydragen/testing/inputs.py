@@ -94,11 +94,18 @@ class Inputs:
 
 
 def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
-    if tensor.is_contiguous():
+    """The same values with the same strides from the same place of a memory that is NaN elsewhere."""
+    offset = tensor.storage_offset()
+    if tensor.is_contiguous() and offset == 0:
         return tensor.to(device, copy=True)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    storage = torch.full((max(extent, 0),), math.nan, dtype=tensor.dtype, device=device)
-    return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    storage = torch.full((offset + max(extent, 0),), math.nan, dtype=tensor.dtype, device=device)
+    return storage.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+
+
+def whole_memory(tensor: Tensor) -> Tensor:
+    """All elements of the memory that a tensor lies in, [elements]: what lies between its own as well."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def offsets(lengths: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hydragen.testing.budget import Oracle, RowBudget, compute_budgets, compute_oracle, errors
-from hydragen.testing.inputs import Inputs
+from hydragen.testing.inputs import Inputs, whole_memory
 from hydragen.testing.problem import Problem
 from hydragen.testing.tally import saw_result, saw_run
 
@@ -79,6 +79,12 @@ def assert_unmodified(problem: Problem, given: Inputs, lent: Inputs) -> None:
     for name, before, after in _tensors(given, lent):
         if not same_bits(before, after):
             raise AssertionError(f"{name} was modified by the implementation\n{_about(problem)}")
+    for name, before, after in _tensors(given.clone(), lent):  # a clone has the same memory, NaN in the gaps
+        if not after.is_contiguous() or after.storage_offset():
+            around = whole_memory(before)
+            if not same_bits(around, whole_memory(after)[: around.numel()]):
+                between = f"memory between the elements of {name} was modified by the implementation"
+                raise AssertionError(f"{between}\n{_about(problem)}")
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -75,10 +75,14 @@ def permuting_rows_permutes_results(
 
 
 def unrelated_rows_change_nothing(implementation: Implementation, problem: Problem, other: Problem) -> None:
-    """Other sequences in the batch change nothing; ``other`` lends them its tree, lengths and seed."""
+    """Other sequences in the batch change nothing; ``other`` lends them its tree, lengths and seed.
+
+    Nor do segments of theirs that no row attends to, which hold NaN.
+    """
     __tracebackhide__ = True
     other = companion(problem, other)
-    case = transforms.add_unrelated(problem, problem.tensors(), other, other.tensors())
+    theirs = transforms.poison_unattended(other, other.tensors())
+    case = transforms.add_unrelated(problem, problem.tensors(), other, theirs)
     mine = slice(other.total_q, None)
     _expect_unchanged(implementation, problem, case, f"unrelated rows change nothing: {other!r}", mine)
 
@@ -131,11 +135,17 @@ def companion(problem: Problem, other: Problem) -> Problem:
     return changed if capped else replace(changed, sharpness=other.sharpness)
 
 
-def strides_change_nothing(implementation: Implementation, problem: Problem, memory: Memory) -> None:
-    """Tensors may lie in memory in any way."""
+def strides_change_nothing(
+    implementation: Implementation, problem: Problem, memory: Memory, v_memory: Memory | None = None
+) -> None:
+    """Tensors may lie in memory in any way, and values in another way than queries and keys."""
     __tracebackhide__ = True
-    case = (problem, problem.tensors().with_memory(memory))
-    _expect_unchanged(implementation, problem, case, f"{memory} tensors change nothing")
+    v_memory = v_memory or memory
+    inputs = problem.tensors()
+    v = inputs.with_memory(v_memory).v
+    case = (problem, replace(inputs.with_memory(memory), v=v))
+    law = f"{memory} queries and keys with {v_memory} values change nothing"
+    _expect_unchanged(implementation, problem, case, law)
 
 
 def paging_changes_nothing(
@@ -170,7 +180,11 @@ def shifting_keys_shifts_lse(implementation: Implementation, problem: Problem, s
 
 
 def out_is_linear_in_v(implementation: Implementation, problem: Problem) -> None:
-    """``out`` for values 2a - b is twice ``out`` for a, less ``out`` for b."""
+    """``out`` for values 2a - b is twice ``out`` for a, less ``out`` for b; and values may be huge or tiny.
+
+    For values a times a power of two ``out`` is that for a times this power: large enough to overflow another
+    half type than the problem's.
+    """
     __tracebackhide__ = True
     inputs = problem.tensors()
     a = transforms.on_grid(inputs.v)
@@ -186,6 +200,10 @@ def out_is_linear_in_v(implementation: Implementation, problem: Problem) -> None
         assert_within_budget(problem, part_out, part_lse, inputs=part, law=law)
         total += factor * part_out.double()
     assert_within_budget(problem, out, lse, inputs=combined, law=law)
+    for exponent in transforms.MAGNITUDES[problem.dtype]:
+        scaled = replace(inputs, v=a * 2.0**exponent)
+        scaled_law = f"values 2**{exponent} times as large give such results"
+        assert_within_budget(problem, *run(implementation, problem, scaled), inputs=scaled, law=scaled_law)
     of_rows = zip(budget(problem, combined), *(budget(problem, part) for _, part in parts), strict=True)
     allowed = [whole.out + 2 * of_a.out + of_b.out for whole, of_a, of_b in of_rows]
     per_row = zip(errors(out, total).split(list(problem.q_lens)), allowed, strict=True)

@@ -86,10 +86,13 @@ def saw_refusal() -> None:
 
 
 def saw_result(problem: Problem, ratios: dict[str, float], failure: str) -> None:
-    """A result was compared with the oracle; ``failure`` is empty if it is within its budget."""
+    """A result was compared; ``failure`` is empty if it is within its budget.
+
+    `ratios` is empty where two results were compared with each other, and not with the oracle.
+    """
     for tally in _open:
         tally.cases += 1
-        tally.without_lse += "lse" not in ratios
+        tally.without_lse += bool(ratios) and "lse" not in ratios
         for name, ratio in ratios.items():
             tally.add(problem, name, ratio)
         if failure:

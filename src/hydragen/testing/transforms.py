@@ -6,6 +6,7 @@ problem's ``seed`` and ``sharpness`` say where the tensors came from, but ``.ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -17,6 +18,14 @@ from hydragen.testing.inputs import Inputs, offsets
 from hydragen.testing.problem import Problem
 
 Case: TypeAlias = tuple[Problem, Inputs]
+
+# Powers of two by which values of at most 4 stay within a type: outside of float16's where that is possible.
+MAGNITUDES: dict[torch.dtype, tuple[int, ...]] = {
+    torch.float16: (12,),
+    torch.bfloat16: (40, -40),
+    torch.float32: (40, -40),
+    torch.float64: (200, -200),
+}
 
 
 def cut(problem: Problem, inputs: Inputs, node: int, at: int) -> Case:
@@ -113,6 +122,15 @@ def add_unrelated(problem: Problem, inputs: Inputs, other: Problem, other_inputs
         sinks=inputs.sinks,
     )
     return changed, both
+
+
+def poison_unattended(problem: Problem, inputs: Inputs) -> Inputs:
+    """The same with NaN as keys and values of the segments that are on no row's path."""
+    attended = {node for row in range(problem.num_rows) for node in problem.path(row)}
+    spoilt = torch.tensor([node not in attended for node in range(problem.num_nodes)])
+    of_token = torch.repeat_interleave(spoilt, torch.tensor(problem.kv_lens))
+    k, v = (x.masked_fill(of_token[:, None, None], math.nan) for x in (inputs.k, inputs.v))
+    return replace(inputs, k=k, v=v)
 
 
 def repeat(problem: Problem, inputs: Inputs, copies: int, *, shared: bool) -> Case:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hydragen.testing.inputs import Inputs
     from hydragen.tree import PrefixTree
 
-Memory = Literal["contiguous", "sliced", "interleaved", "heads_first"]
+Memory = Literal["contiguous", "sliced", "interleaved", "heads_first", "shifted"]
 """Where a tensor's elements lie; see `restride`."""
 
 KVLayout = Literal["packed", "levels", "packed_levels", "paged"]
@@ -216,8 +216,9 @@ def restride(tensor: Tensor, memory: Memory | None) -> Tensor:
     """A tensor with the same values whose elements lie elsewhere; all memory between them is NaN.
 
     ``contiguous``; ``sliced``: cut out of a tensor that is larger on every side; ``interleaved``: every
-    second element of the last dimension; ``heads_first``: heads (the last but one dimension) outermost; None:
-    where they lie already.
+    second element of the last dimension; ``heads_first``: heads (the last but one dimension) outermost;
+    ``shifted``: contiguous, from the second element of their memory on, so that no wide load is aligned;
+    None: where they lie already.
 
     Raises
     ------
@@ -236,6 +237,8 @@ def restride(tensor: Tensor, memory: Memory | None) -> Tensor:
     elif memory == "heads_first":
         heads = tensor.dim() - 2
         target = _nan(tensor, tuple(tensor.movedim(heads, 0).shape)).movedim(0, heads)
+    elif memory == "shifted":
+        target = _nan(tensor, (tensor.numel() + 1,))[1:].view(tensor.shape)
     else:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     return target.copy_(tensor)

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from hydragen.testing import Implementation, Problem, laws
 from hydragen.testing.conformance.capabilities import Capabilities
+from hydragen.testing.conformance.corners import corners
 from hydragen.testing.conformance.known import Entry
 from hydragen.testing.conformance.subject import large_problems, problems, session
 from hydragen.testing.pages import PAGE_SIZES
@@ -32,7 +34,17 @@ def test_out_and_lse_match_the_oracle(implementation: Implementation, problem: P
 fewer = settings(max_examples=max(5, settings().max_examples // 3))  # of what takes longer
 
 
+def every_corner(test: Callable[..., None]) -> Callable[..., None]:
+    """Try `corners` before what is drawn; a few of them only where few examples are asked for."""
+    chosen = corners(session.capabilities)[:: 1 if settings().max_examples >= 100 else 9]
+    for problem in chosen:
+        if session.known.allows(problem):
+            test = example(problem=problem)(test)
+    return test
+
+
 @pytest.mark.needs
+@every_corner
 @fewer
 @given(large_problems())
 def test_large_problems_match_the_oracle(implementation: Implementation, problem: Problem) -> None:
@@ -98,9 +110,11 @@ def test_unrelated_rows_change_nothing(
 
 
 @pytest.mark.needs(strides=[True])
-@given(problems(), st.sampled_from(MEMORY))
-def test_strides_change_nothing(implementation: Implementation, problem: Problem, memory: Memory) -> None:
-    laws.strides_change_nothing(implementation, problem, memory)
+@given(problems(), st.sampled_from(MEMORY), st.sampled_from(MEMORY))
+def test_strides_change_nothing(
+    implementation: Implementation, problem: Problem, memory: Memory, v_memory: Memory
+) -> None:
+    laws.strides_change_nothing(implementation, problem, memory, v_memory)
 
 
 @pytest.mark.needs(paged=[True])
