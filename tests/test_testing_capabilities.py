@@ -68,8 +68,8 @@ def test_wrong_capabilities_are_named(value, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[fails]]\nlaw = 'x'", "must have a reason and either law or when"),
-        ("[[fails]]\nlaw = 'x'\nwhen = 'y'\nreason = 'z'", "must have a reason and either law or when"),
+        ("[[fails]]\nlaw = 'x'", "must have a reason, either law or when"),
+        ("[[fails]]\nlaw = 'x'\nwhen = 'y'\nreason = 'z'", "must have a reason, either law or when"),
         ("[[fails]]\nwhen = 'problem.nothing'\nreason = 'z'", "has no attribute 'nothing'"),
         ("[[fails]]\nwhen = 'problem ='\nreason = 'z'", "when must be an expression"),
         ("[[flaky]]\nlaw = 'x'", "tables must be fails or skips"),

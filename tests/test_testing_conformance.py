@@ -156,7 +156,8 @@ def test_a_wrong_function_fails_with_the_smallest_case(home):
     wrong = suite(home, "wrong", *options)
     assert wrong.returncode == 1, wrong.stdout
     assert "is outside of the error budget" in wrong.stdout
-    assert "@reproduce_failure" in wrong.stdout
+    assert "laws.matches_oracle(fn, Problem(" in wrong.stdout
+    assert 'fn = named("theirs:wrong")' in wrong.stdout
     law = json.loads((home / "w.json").read_text())["laws"][0]
     assert law["outcome"] == "FAILED"
     assert f"smallest failing case of {law['test']}" in wrong.stdout

@@ -153,7 +153,7 @@ def test_problems_say_what_to_install():
         try:
             hydragen.testing.problems
         except ModuleNotFoundError as error:
-            assert "pip install hydragen[test]" in str(error), error
+            assert "pip install '.[test]'" in str(error), error
         else:
             raise SystemExit("no error")
     """

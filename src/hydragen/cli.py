@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
 except ImportError as error:
-    raise SystemExit("the command line needs more packages: pip install 'hydragen[cli]'") from error
+    raise SystemExit("the command line needs more: pip install '.[cli]' in hydragen's checkout") from error
 
 if TYPE_CHECKING:
     from hydragen.transformers.jsonl import Answers

@@ -217,7 +217,7 @@ import hydragen
 try:
     hydragen.generate
 except ImportError as error:
-    assert "pip install 'hydragen[transformers]'" in str(error)
+    assert "pip install '.[transformers]'" in str(error)
 else:
     raise SystemExit("no error")
 try:

@@ -1,6 +1,6 @@
 """A gate for attention over trees of segments: problems, an oracle, an error budget, and laws.
 
-Ten lines put somebody else's kernel under it (needs Hypothesis, ``pip install hydragen[test]``)::
+Ten lines put somebody else's kernel under it (needs Hypothesis: the extra ``test``)::
 
     from hypothesis import given
     from hydragen.testing import assert_within_budget, problems, run
@@ -12,7 +12,7 @@ Ten lines put somebody else's kernel under it (needs Hypothesis, ``pip install h
     def test_my_kernel(problem):
         assert_within_budget(problem, *run(my_kernel_under_test, problem))
 
-Without any code: ``pytest property_tests --implementation my_module:my_kernel_under_test``.
+Without any code: ``pytest --pyargs hydragen.testing.conformance --implementation my_module:my_function``.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def __getattr__(name: str) -> Any:
         if error.name != "hypothesis":
             raise
         raise ModuleNotFoundError(
-            "hydragen.testing.problems needs Hypothesis: pip install hydragen[test]", name="hypothesis"
+            "hydragen.testing.problems needs Hypothesis: pip install '.[test]' in hydragen's checkout",
+            name="hypothesis",
         ) from error
     return problems

@@ -18,17 +18,19 @@ from hydragen.testing.budget import errors
 from hydragen.testing.judge import Implementation, assert_within_budget, budget, oracle, run
 from hydragen.testing.pages import in_pages
 from hydragen.testing.problem import Problem
-from hydragen.testing.tally import saw_result
+from hydragen.testing.tally import saw_result, told
 from hydragen.testing.transforms import Case
 from hydragen.testing.views import Memory
 
 
+@told
 def matches_oracle(implementation: Implementation, problem: Problem) -> None:
     """``out``, and ``lse`` where the implementation returns it, are within the error budget."""
     __tracebackhide__ = True
     assert_within_budget(problem, *run(implementation, problem))
 
 
+@told
 def cutting_changes_nothing(implementation: Implementation, problem: Problem, node: int, at: int) -> None:
     """A segment may be cut in two anywhere, at its ends as well."""
     __tracebackhide__ = True
@@ -36,6 +38,7 @@ def cutting_changes_nothing(implementation: Implementation, problem: Problem, no
     _expect_unchanged(implementation, problem, case, f"node {node} cut after {at} tokens changes nothing")
 
 
+@told
 def empty_segments_change_nothing(implementation: Implementation, problem: Problem, node: int) -> None:
     """An empty segment below any node, or above all of them, changes nothing."""
     __tracebackhide__ = True
@@ -46,6 +49,7 @@ def empty_segments_change_nothing(implementation: Implementation, problem: Probl
     _expect_unchanged(implementation, problem, above, "an empty segment above all nodes changes nothing")
 
 
+@told
 def unsharing_changes_nothing(implementation: Implementation, problem: Problem, node: int) -> None:
     """Copying a segment into everything below it changes nothing."""
     __tracebackhide__ = True
@@ -55,6 +59,7 @@ def unsharing_changes_nothing(implementation: Implementation, problem: Problem, 
     )
 
 
+@told
 def flattening_changes_nothing(implementation: Implementation, problem: Problem) -> None:
     """A tree gives the same as its rows without any sharing."""
     __tracebackhide__ = True
@@ -62,6 +67,7 @@ def flattening_changes_nothing(implementation: Implementation, problem: Problem)
     _expect_unchanged(implementation, problem, case, "the tree equals its flattening")
 
 
+@told
 def permuting_rows_permutes_results(
     implementation: Implementation, problem: Problem, order: Sequence[int]
 ) -> None:
@@ -74,19 +80,25 @@ def permuting_rows_permutes_results(
     )
 
 
-def unrelated_rows_change_nothing(implementation: Implementation, problem: Problem, other: Problem) -> None:
+@told
+def unrelated_rows_change_nothing(
+    implementation: Implementation, problem: Problem, other: Problem, *, poison: bool = True
+) -> None:
     """Other sequences in the batch change nothing; ``other`` lends them its tree, lengths and seed.
 
-    Nor do segments of theirs that no row attends to, which hold NaN.
+    With `poison` segments of theirs that no row attends to hold NaN.
     """
     __tracebackhide__ = True
     other = companion(problem, other)
-    theirs = transforms.poison_unattended(other, other.tensors())
+    theirs = other.tensors()
+    if poison:
+        theirs = transforms.poison_unattended(other, theirs)
     case = transforms.add_unrelated(problem, problem.tensors(), other, theirs)
     mine = slice(other.total_q, None)
     _expect_unchanged(implementation, problem, case, f"unrelated rows change nothing: {other!r}", mine)
 
 
+@told
 def copies_change_nothing(
     implementation: Implementation, problem: Problem, copies: int, *, shared: bool
 ) -> None:
@@ -135,6 +147,7 @@ def companion(problem: Problem, other: Problem) -> Problem:
     return changed if capped else replace(changed, sharpness=other.sharpness)
 
 
+@told
 def strides_change_nothing(
     implementation: Implementation, problem: Problem, memory: Memory, v_memory: Memory | None = None
 ) -> None:
@@ -148,6 +161,7 @@ def strides_change_nothing(
     _expect_unchanged(implementation, problem, case, law)
 
 
+@told
 def paging_changes_nothing(
     implementation: Implementation, problem: Problem, page_size: int, seed: int = 0
 ) -> None:
@@ -157,6 +171,7 @@ def paging_changes_nothing(
     _expect_unchanged(implementation, problem, case, f"pages of {page_size} tokens change nothing")
 
 
+@told
 def shifting_keys_shifts_lse(implementation: Implementation, problem: Problem, seed: int = 0) -> None:
     """A constant vector added to every key leaves ``out`` as it is and moves ``lse`` as it moves the logits.
 
@@ -179,6 +194,7 @@ def shifting_keys_shifts_lse(implementation: Implementation, problem: Problem, s
     assert_within_budget(problem, out, lse, inputs=after, expected=(expected.out, shifted_lse), law=law)
 
 
+@told
 def out_is_linear_in_v(implementation: Implementation, problem: Problem) -> None:
     """``out`` for values 2a - b is twice ``out`` for a, less ``out`` for b; and values may be huge or tiny.
 
@@ -215,6 +231,7 @@ def out_is_linear_in_v(implementation: Implementation, problem: Problem) -> None
             )
 
 
+@told
 def runs_give_the_same_bits(implementation: Implementation, problem: Problem) -> None:
     """Two runs on the same tensors give the same bits."""
     __tracebackhide__ = True
@@ -225,6 +242,7 @@ def runs_give_the_same_bits(implementation: Implementation, problem: Problem) ->
         _assert_same_bits(name, one, other, f"two runs give the same bits\n  {problem!r}")
 
 
+@told
 def unrelated_rows_change_no_bits(implementation: Implementation, problem: Problem, other: Problem) -> None:
     """Unrelated sequences do not change a bit: for implementations that promise batch invariance."""
     __tracebackhide__ = True

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec
 
 from hydragen.testing.problem import Problem
+
+_P = ParamSpec("_P")
 
 COUNTS = ("cases", "refused", "without_lse")
 
@@ -30,6 +33,10 @@ class Tally:
         The problem that an implementation was last run on.
     where
         What the last comparison outside of the budget said first.
+    call
+        The law that was tried last, with its arguments, as Python; ``fn`` stands for the implementation.
+    refusal
+        What the last refusal said.
     """
 
     cases: int = 0
@@ -38,6 +45,8 @@ class Tally:
     worst: dict[str, dict[str, float]] = field(default_factory=dict)
     last: Problem | None = None
     where: str = ""
+    call: str = ""
+    refusal: str = ""
 
     def add(self, problem: Problem, name: str, ratio: float) -> None:
         """Count the error of ``out`` or ``lse`` of one result."""
@@ -79,10 +88,26 @@ def saw_run(problem: Problem) -> None:
         tally.last = problem
 
 
-def saw_refusal() -> None:
+def saw_refusal(said: str) -> None:
     """An implementation would not do a problem."""
     for tally in _open:
         tally.refused += 1
+        tally.refusal = said
+
+
+def told(law: Callable[_P, None]) -> Callable[_P, None]:
+    """Make a law say how it is called, so that a failure can be repeated outside of the suite."""
+
+    @functools.wraps(law)
+    def telling(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        __tracebackhide__ = True
+        if _open:
+            given = [*map(repr, args[1:]), *(f"{name}={value!r}" for name, value in kwargs.items())]
+            for tally in _open:
+                tally.call = f"laws.{law.__name__}(fn, {', '.join(given)})"
+        law(*args, **kwargs)
+
+    return telling
 
 
 def saw_result(problem: Problem, ratios: dict[str, float], failure: str) -> None:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 if find_spec("transformers") is None:
     raise ImportError(
         "hydragen.transformers needs the package transformers; install hydragen with its extra: "
-        "pip install 'hydragen[transformers]'"
+        "pip install '.[transformers]' in hydragen's checkout"
     )
 
 from hydragen.transformers.attention import register

@@ -83,6 +83,7 @@ def attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 # mypy does not know that functions may have attributes.
 attention.capabilities = {  # type: ignore[attr-defined]
+    "poison": False,  # a mask gives what is not attended a weight of 0, and 0 times NaN is NaN
     "sinks": False,
     "lse": True,
     "device": "cuda" if torch.cuda.is_available() else "cpu",

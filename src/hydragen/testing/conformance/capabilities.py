@@ -17,6 +17,7 @@ import torch
 from hypothesis import strategies as st
 
 from hydragen.testing import strategies
+from hydragen.testing.conformance.larger import larger
 from hydragen.testing.problem import DTYPES, SHARPNESS, Problem, Sharpness
 from hydragen.testing.strategies import GROUP_SIZES, HEAD_DIMS, Trees
 
@@ -51,6 +52,8 @@ class Capabilities:
         All rows have equally many queries.
     empty
         Segments may be empty.
+    poison
+        Segments that no row attends to hold NaN.
     causal, window, softcap, scale, sinks
         Whether the option is known; ``"always"``: no call without it.
     lse
@@ -76,6 +79,7 @@ class Capabilities:
     strides: bool = True
     same_q_len: bool = False
     empty: bool = True
+    poison: bool = True
     causal: Option = "yes"
     window: Option = "yes"
     softcap: Option = "yes"
@@ -123,8 +127,9 @@ class Capabilities:
         small = self.problems(**few, max_q_len=min(2, self.max_q_len))
         if not free:
             return small
-        larger = functools.partial(_larger, same_q_len=self.same_q_len)
-        return st.builds(larger, small, st.sampled_from(free), st.integers(0, 10**6))
+        borders = {name: getattr(Capabilities, name) for name in names}
+        beyond = functools.partial(larger, borders=borders, same_q_len=self.same_q_len)
+        return st.builds(beyond, small, st.sampled_from(free), st.integers(0, 10**6))
 
     def allows(self, problem: Problem) -> bool:
         """Whether a problem asks for nothing else (sizes of the tree aside)."""
@@ -171,24 +176,6 @@ class Capabilities:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
         }
-
-
-def _larger(problem: Problem, name: str, code: int, *, same_q_len: bool) -> Problem:
-    """One size of a problem changed to what is beyond the default limit of this name."""
-    code *= 7919  # Hypothesis likes small numbers
-    if name == "max_kv":
-        kv_lens = list(problem.kv_lens)
-        path = problem.path(code % problem.num_rows)  # of somebody: not a segment that nobody attends to
-        kv_lens[path[code % len(path)]] = Capabilities.max_kv + 1 + code % 1000
-        return dataclasses.replace(problem, kv_lens=tuple(kv_lens))
-    if name == "max_q_len":
-        q_lens = list(problem.q_lens)
-        rows = range(len(q_lens)) if same_q_len else [code % len(q_lens)]
-        for row in rows:
-            q_lens[row] = Capabilities.max_q_len + 1 + code % 70
-        return dataclasses.replace(problem, q_lens=tuple(q_lens))
-    heads = Capabilities.max_kv_heads + 1 + code % 7
-    return dataclasses.replace(problem, num_kv_heads=heads, num_q_heads=heads * problem.group_size)
 
 
 def _is_kind_of_tree(problem: Problem, trees: Trees) -> bool:
@@ -270,6 +257,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "strides": _bool,
     "same_q_len": _bool,
     "empty": _bool,
+    "poison": _bool,
     **dict.fromkeys(("causal", "window", "softcap", "scale", "sinks"), _option),
     "lse": _lse,
     "repeatable": _bool,

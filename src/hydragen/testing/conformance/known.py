@@ -14,6 +14,10 @@
     when = "0 in problem.kv_lens"
     reason = "empty segments are documented as undefined"
 
+What is listed fails by a result outside of its budget (AssertionError); anything else, a mistake in a
+wrapper say, is not what is known. ``error = "RuntimeError"`` names another exception to expect. What is
+skipped is not looked at.
+
 ``when`` is a Python expression of ``problem`` (`hydragen.testing.Problem`) and ``torch``.
 """
 
@@ -27,6 +31,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+from hypothesis.errors import Flaky, HypothesisException
 
 from hydragen.testing.problem import Problem
 
@@ -40,6 +45,22 @@ class Entry:
     law: str | None = None
     when: str | None = None
     code: CodeType | None = None
+    error: str = "AssertionError"
+
+    def expects(self, failure: BaseException) -> bool:
+        """Whether a failure is of the listed kind; of several (Hypothesis), each."""
+        if isinstance(failure, BaseExceptionGroup):
+            parts = [part for part in failure.exceptions if not isinstance(part, HypothesisException)]
+            return all(self.expects(part) for part in parts)
+        if isinstance(failure, Flaky):
+            return True  # it differs from run to run: what it was says the group
+        return any(kind.__name__ == self.error for kind in type(failure).__mro__)
+
+    def as_dict(self) -> dict[str, str]:
+        """As in the file."""
+        about = {"law": self.law, "when": self.when, "error": self.error if self.fails else None}
+        kind = "fails" if self.fails else "skips"
+        return {"kind": kind, **{k: v for k, v in about.items() if v}, "reason": self.reason}
 
     def applies(self, problem: Problem) -> bool:
         """Whether the problem is of this entry's kind."""
@@ -113,12 +134,15 @@ def read(path: Path) -> Known:
 def _entry(item: Any, where: str, fails: bool) -> Entry:
     if not isinstance(item, dict) or not all(isinstance(value, str) for value in item.values()):
         raise ValueError(f"known failures: {where} must be a table of strings, got {item!r}")
-    if set(item) not in ({"law", "reason"}, {"when", "reason"}) or not item["reason"].strip():
+    keys = set(item) - ({"error"} if fails else set())
+    if keys not in ({"law", "reason"}, {"when", "reason"}) or not item["reason"].strip():
         raise ValueError(
-            f"known failures: {where} must have a reason and either law or when, got {sorted(item)}"
+            f"known failures: {where} must have a reason, either law or when, and an error only if it fails, "
+            f"got {sorted(item)}"
         )
+    expected = item.get("error", "AssertionError")
     if "law" in item:
-        return Entry(item["reason"], fails, law=item["law"])
+        return Entry(item["reason"], fails, law=item["law"], error=expected)
     try:
         code = compile(item["when"], where, "eval")
         sample = Problem((-1,), (1,), (0,), (1,))
@@ -127,4 +151,4 @@ def _entry(item: Any, where: str, fails: bool) -> Entry:
         raise ValueError(
             f"known failures: {where}: when must be an expression of problem, got {item['when']!r}: {error}"
         ) from None
-    return Entry(item["reason"], fails, when=item["when"], code=code)
+    return Entry(item["reason"], fails, when=item["when"], code=code, error=expected)

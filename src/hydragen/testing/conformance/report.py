@@ -39,6 +39,7 @@ class Law:
     reason: str = ""
     problem: str = ""
     where: str = ""
+    call: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: infinity is not a number there."""
@@ -57,6 +58,7 @@ class Law:
             "worst_over_budget": worst,
             "smallest_failing_problem": self.problem,
             "where": self.where,
+            "reproduce": self.call,
         }
 
 
@@ -86,8 +88,7 @@ class Report:
             report.duration,
             tally,
             reason,
-            seen.get("problem", ""),
-            seen.get("where", ""),
+            *(seen.get(name, "") for name in ("problem", "where", "call")),
         )
 
     def total(self) -> Tally:
@@ -118,16 +119,25 @@ class Report:
         total = self.total()
         lines.append(
             f"{self.count(HELD)} laws held, {self.count(FAILED)} failed, {self.count(KNOWN)} known to fail, "
-            f"{self.count(SKIPPED)} not tested; {total.cases:,} cases within the budget"
+            f"{self.count(SKIPPED)} not tested; {total.cases:,} cases held"
             + "".join(f", {dtype} at most {_ratio(total, dtype)}" for dtype in sorted(total.worst))
         )
         if total.refused:
             lines.append(f"{total.refused:,} problems were refused by the function (NotImplementedError)")
         if total.without_lse and session.capabilities.lse is not False:
             lines.append(f"{total.without_lse:,} of these cases came without lse, which was not judged there")
-        for law in self.laws.values():
-            if law.outcome == FAILED and law.problem:
-                lines += ["", f"smallest failing case of {law.name}: {law.where}", f"  {law.problem}"]
+        narrowed = session.capabilities.said()
+        if narrowed:
+            lines.append("asked for: " + ", ".join(f"{name}={value}" for name, value in narrowed.items()))
+        for entry in session.known.entries:
+            about = entry.law or f"problems with {entry.when}"
+            lines.append(f"{'known to fail' if entry.fails else 'skipped'}: {about} ({entry.reason})")
+        failed = [law for law in self.laws.values() if law.outcome == FAILED and law.where]
+        for law in failed:
+            lines += ["", f"smallest failing case of {law.name}: {law.where}"]
+            lines += [f"  {text}" for text in (law.problem, law.call) if text]
+        if any(law.call for law in failed):
+            lines += ["", *_to_repeat()]
         return lines
 
     def write(self, path: Path, config: pytest.Config) -> None:
@@ -138,10 +148,24 @@ class Report:
             "counts": {name: self.count(outcome) for name, outcome in COUNTED.items()},
             **{name: getattr(total, name) for name in COUNTS},
             "worst_over_budget": total.as_dict()["worst"],
+            "known_failures": [entry.as_dict() for entry in session.known.entries],
             "laws": [law.as_dict() for law in self.laws.values()],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _to_repeat() -> list[str]:
+    """What the calls of the failing cases need."""
+    name = session.subjects[0].name if session.subjects else ""
+    fn = f'fn = named("{name}")' if ":" in name else "fn = ...  # the implementation, of (problem, inputs)"
+    return [
+        "to run one of these again:",
+        "  import torch",
+        "  from hydragen.testing import Problem, laws",
+        "  from hydragen.testing.conformance.subject import named",
+        f"  {fn}",
+    ]
 
 
 def _ratio(tally: Tally, dtype: str) -> str:
@@ -161,7 +185,11 @@ def about_run(session: Session, config: pytest.Config) -> dict[str, Any]:
         "versions": versions(),
         "capabilities": session.capabilities.said(),
         "examples": examples
-        + ("always the same" if settings().derandomize else f"repeat with --hypothesis-seed={seed}"),
+        + (
+            "the same as long as your source is"
+            if settings().derandomize
+            else f"repeat with --hypothesis-seed={seed}"
+        ),
         "known failures": f"{len(known)} entries" if known else "",
     }
 

@@ -1,32 +1,41 @@
-"""The smallest case of a law that failed, and what is wrong with it."""
+"""The smallest case of a law that failed, what is wrong with it, and how to run it again."""
 
 from __future__ import annotations
 
 from functools import cache
+
+from hypothesis.errors import FailedHealthCheck, Unsatisfiable
 
 from hydragen.testing import laws
 from hydragen.testing.conformance.subject import session
 from hydragen.testing.judge import Implementation
 from hydragen.testing.problem import Problem
 from hydragen.testing.shrink import shrink
-from hydragen.testing.tally import tallied
+from hydragen.testing.tally import Tally, tallied
 
 
-def smallest(implementation: Implementation, last: Problem | None, where: str) -> tuple[str, str]:
+def smallest(implementation: Implementation, tally: Tally, error: BaseException) -> dict[str, str]:
     """The case with which Hypothesis ends, shrunk further where the oracle alone shows that it fails.
 
     Parameters
     ----------
-    last : Problem, optional
-        The case; None if none was run.
-    where : str
-        What is wrong with it.
+    tally : Tally
+        Of the law; its last problem is the case, None if none was run.
+    error : exception
+        That ended it.
 
     Returns
     -------
-    problem, where
-        The smallest case, and what is wrong with that one.
+    dict
+        ``problem``: the smallest case, ``where``: what is wrong with it, ``call``: the law that shows it, as
+        Python. Of a function that refused too many problems only what it said.
     """
+    if tally.refused and isinstance(error, (FailedHealthCheck, Unsatisfiable)):
+        where = (
+            f"the function refused {tally.refused:,} problems ({tally.refusal or 'NotImplementedError'}) and "
+            f"did {tally.cases:,}: say by --capability what it cannot do"
+        )
+        return {"problem": "", "where": where, "call": ""}
 
     # A function that answers otherwise the next time (a race) is asked about each problem once: what has
     # failed has failed.
@@ -34,18 +43,23 @@ def smallest(implementation: Implementation, last: Problem | None, where: str) -
     def wrong(problem: Problem) -> str:
         if not (session.capabilities.allows(problem) and session.known.allows(problem)):
             return ""
-        with tallied() as tally:
+        with tallied() as seen:
             try:
                 laws.matches_oracle(implementation, problem)
-            except AssertionError as error:
-                return tally.where or str(error).partition("\n")[0] or "it fails"
+            except AssertionError as failure:
+                return seen.where or _said(failure)
             except Exception:  # noqa: BLE001 - another failure, or a problem that the function refuses
                 return ""
         return ""
 
+    last, where, call = tally.last, tally.where or _said(error), tally.call
     if last is None:
-        return "", where
+        return {"problem": "", "where": where, "call": ""}
     if wrong(last):
         last = shrink(last, lambda problem: wrong(problem) != "", max_runs=200)
-        where = wrong(last)
-    return repr(last), where
+        where, call = wrong(last), f"laws.matches_oracle(fn, {last!r})"
+    return {"problem": repr(last), "where": where, "call": call}
+
+
+def _said(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or f"{type(error).__name__} without a message"

@@ -106,6 +106,16 @@ def load(path: str) -> Callable[..., Any]:
     return function
 
 
+def named(path: str) -> Implementation:
+    """The implementation that ``--implementation`` means, with the capabilities that it declares itself.
+
+    To run a law on one problem: ``laws.matches_oracle(named("my_module:my_function"), problem)``.
+    """
+    function = load(path)
+    declared = getattr(function, "capabilities", {})
+    return adapt(function, Capabilities().changed(declared, f"{path}.capabilities"))
+
+
 def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implementation:
     """The function as an implementation: on its device, with one argument or two.
 
@@ -118,10 +128,10 @@ def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implement
         there = inputs.to(capabilities.device)
         try:
             result = function(problem, there) if takes_inputs else function(bound(problem, there))
-        except NotImplementedError:
+        except NotImplementedError as error:
             if not currently_in_test_context():
                 raise
-            saw_refusal()
+            saw_refusal(str(error))
             reject()
         except (pytest.skip.Exception, pytest.xfail.Exception) as error:
             # it would end the whole law, and pass for one that was never tried
@@ -132,6 +142,8 @@ def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implement
         if there is not inputs:  # a copy: the caller cannot see what became of it
             assert_unmodified(problem, inputs, there.to(inputs.q.device))
         returned: tuple[Any, ...] = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        if len(returned) > 2:
+            raise TypeError(f"an implementation must return out or (out, lse), got {len(returned)} results")
         if capabilities.lse and (len(returned) != 2 or returned[1] is None):
             raise AssertionError(
                 "lse is not returned, but the capability lse=yes says so; return (out, lse) or say lse=no"

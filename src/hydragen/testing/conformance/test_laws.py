@@ -106,7 +106,8 @@ def test_unrelated_rows_change_nothing(
 ) -> None:
     if session.capabilities.same_q_len:
         other = replace(other, q_lens=problem.q_lens[:1] * other.num_rows)
-    laws.unrelated_rows_change_nothing(implementation, problem, other)
+    poison = session.capabilities.poison
+    laws.unrelated_rows_change_nothing(implementation, problem, other, poison=poison)
 
 
 @pytest.mark.needs(strides=[True])
@@ -158,12 +159,21 @@ if session.known.failing_problems:
         @given(session.capabilities.problems().filter(functools.partial(session.known.only, known_failure)))
         def holds(problem: Problem) -> None:
             laws.matches_oracle(implementation, problem)
+            can = session.capabilities
+            for page_size in PAGE_SIZES if can.paged else ():
+                laws.paging_changes_nothing(implementation, problem, page_size, problem.seed)
+            for memory in MEMORY if can.strides else ():
+                laws.strides_change_nothing(implementation, problem, memory)
+            if can.repeatable:
+                laws.runs_give_the_same_bits(implementation, problem)
 
         try:
             holds()
         except Unsatisfiable:
             pytest.fail(f"no problem was drawn for which {known_failure.when}: remove the entry, or widen it")
-        except Exception:  # noqa: BLE001 - whatever goes wrong is the failure that is listed
+        except Exception as error:
+            if not known_failure.expects(error):
+                raise  # not what is listed
             return
         pytest.fail(
             f"works now: {known_failure.when} ({known_failure.reason}): remove it from the known failures"

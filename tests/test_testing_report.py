@@ -1,0 +1,139 @@
+"""What the suite's report promises: failures that can be run again, known ones that are what is listed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+THEIRS = """
+from faulty_attention import attention
+
+def pages(problem, inputs):
+    return attention(problem, inputs, None if inputs.pages is None else "page table ignored")
+pages.capabilities = {"paged": True}
+
+def capped(problem, inputs):
+    out, lse = attention(problem, inputs)
+    return (out if problem.softcap is None else out + 1), lse
+
+def crashes(problem, inputs):
+    out, lse = attention(problem, inputs)
+    return (out if problem.softcap is None else misspelt(out)), lse
+
+def refuses(problem, inputs):
+    raise NotImplementedError("not yet")
+
+def three(problem, inputs):
+    return (*attention(problem, inputs), 3)
+
+def silent(problem, inputs):
+    assert problem.num_rows < 3
+    return attention(problem, inputs)
+"""
+CAPPED = '[[fails]]\nwhen = "problem.softcap is not None"\nreason = "cap"\n'
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reported")
+    (path / "theirs.py").write_text(THEIRS)
+    return path
+
+
+def python(home, *args):
+    paths = [home, ROOT / "src", ROOT / "reference", ROOT / "tests"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HYPOTHESIS_PROFILE": "dev"}
+    env.pop("PYTEST_ADDOPTS", None)
+    return subprocess.run(
+        [sys.executable, *args], cwd=home, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def suite(home, name, *options, known=None):
+    if known is not None:
+        (home / f"{name}.toml").write_text(known)
+        options += (f"--known-failures={name}.toml",)
+    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "hydragen.testing.conformance.plugin")
+    asked = ("--pyargs", "hydragen.testing.conformance", f"--implementation=theirs:{name}")
+    written = f"--conformance-json={name}.json"
+    done = python(home, "-m", "pytest", *plugins, "-q", "--hypothesis-seed=0", *asked, written, *options)
+    report = home / f"{name}.json"
+    return done, json.loads(report.read_text()) if report.exists() else {}
+
+
+def test_a_failure_can_be_run_again_by_what_is_printed(home):
+    done, found = suite(home, "pages", "-k", "paging")
+    assert done.returncode == 1, done.stdout
+    (law,) = (law for law in found["laws"] if law["outcome"] == "FAILED")
+    assert law["reproduce"].startswith("laws.paging_changes_nothing(fn, Problem(")
+    printed = done.stdout.partition("to run one of these again:\n")[2].partition("=====")[0]
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
+    assert lines[-1] == 'fn = named("theirs:pages")'
+    assert f"  {law['reproduce']}\n" in done.stdout
+    again = python(home, "-c", "\n".join([*lines, law["reproduce"]]))
+    assert "AssertionError" in again.stderr
+    assert "outside of the error budget" in again.stderr
+
+
+def test_known_problems_of_pages_must_still_fail_too(home):
+    known = '[[fails]]\nwhen = "max(problem.kv_lens) > 40"\nreason = "pages"\n'
+    done, found = suite(home, "pages", "-k", "known or out_and", known=known)
+    assert done.returncode == 0, done.stdout
+    assert found["counts"]["known to fail"] == 1
+    assert found["known_failures"][0]["reason"] == "pages"
+
+
+def test_another_failure_is_not_the_known_one(home):
+    done, _ = suite(home, "capped", "-k", "known or out_and", known=CAPPED)
+    assert done.returncode == 0, done.stdout
+    assert "known to fail: problems with problem.softcap is not None (cap)" in done.stdout
+    done, _ = suite(home, "crashes", "-k", "known or out_and", known=CAPPED)
+    assert done.returncode == 1
+    assert "NameError: name 'misspelt' is not defined" in done.stdout
+    done, found = suite(home, "crashes", "-k", "known or out_and", known=CAPPED + 'error = "NameError"\n')
+    assert done.returncode == 0, done.stdout
+    assert found["known_failures"][0]["error"] == "NameError"
+
+
+@pytest.mark.parametrize(("error", "code"), [("", 1), ('error = "NameError"\n', 0)])
+def test_a_law_fails_as_listed_or_is_red(home, error, code):
+    known = f'[[fails]]\nlaw = "out_and_lse_match_the_oracle"\nreason = "cap"\n{error}'
+    done, found = suite(home, "crashes", "-k", "out_and", known=known)
+    assert done.returncode == code, done.stdout
+    assert found["counts"]["known to fail"] == 1 - code
+
+
+def test_what_was_left_out_is_said_at_the_end(home):
+    known = '[[skips]]\nwhen = "problem.window is not None"\nreason = "none"\n'
+    done, found = suite(home, "capped", "-k", "two_runs", "--capability=softcap=no", known=known)
+    assert done.returncode == 0, done.stdout
+    end = done.stdout.partition("= conformance =")[2]
+    assert "asked for: softcap=no\n" in end
+    assert "skipped: problems with problem.window is not None (none)\n" in end
+    assert found["known_failures"] == [
+        {"kind": "skips", "when": "problem.window is not None", "reason": "none"}
+    ]
+    assert "came without lse" not in end, "two runs are compared with each other"
+    assert found["without_lse"] == 0
+
+
+def test_a_function_that_refuses_everything_is_told_so(home):
+    done, found = suite(home, "refuses", "-k", "out_and")
+    assert done.returncode == 1
+    (law,) = (law for law in found["laws"] if law["outcome"] == "FAILED")
+    assert law["where"].startswith("the function refused ")
+    assert "(not yet) and did 0: say by --capability what it cannot do" in law["where"]
+    assert law["smallest_failing_problem"] == law["reproduce"] == ""
+
+
+def test_three_results_are_refused_and_a_silent_assertion_is_named(home):
+    done, _ = suite(home, "three", "-k", "out_and")
+    assert "an implementation must return out or (out, lse), got 3 results" in done.stdout
+    done, _ = suite(home, "silent", "-k", "out_and")
+    assert "smallest failing case of out_and_lse_match_the_oracle: assert" in done.stdout or (
+        "AssertionError without a message" in done.stdout
+    )
