@@ -13,7 +13,9 @@ from typing import Any
 from hydragen.testing.conformance.capabilities import Capabilities
 from hydragen.testing.problem import Problem
 
-KV_HEADS = (3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 32)
+# Few: a kernel is usually compiled anew for each. Groups of one KV head are drawn often enough.
+KV_HEADS = (3, 4, 5, 6, 7, 8, 9, 12, 16, 32)
+GROUPS = (1, 4, 8)
 LENGTHS = (63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4097)
 Q_LENS = (8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 ROWS = (16, 17, 31, 32, 33, 63, 64, 65, 129)
@@ -62,8 +64,8 @@ def _changes(can: Capabilities, base: Problem) -> Iterator[dict[str, Any]]:
 
     for heads in sizes("max_kv_heads", KV_HEADS):
         yield {"num_kv_heads": heads, "num_q_heads": heads * base.group_size}
-    for heads in (1, *sizes("max_kv_heads", (8,))):
-        for group in can.group_sizes if can.gqa else ():
+    for heads in sizes("max_kv_heads", (8,)) if can.gqa else ():
+        for group in sorted({*can.group_sizes} & {*GROUPS, max(can.group_sizes)}):
             yield {"num_kv_heads": heads, "num_q_heads": heads * group}
     for node in (0, base.num_nodes - 1):
         for length in sizes("max_kv", LENGTHS):
