@@ -30,6 +30,19 @@ def refuses(problem, inputs):
 def three(problem, inputs):
     return (*attention(problem, inputs), 3)
 
+def leaves(problem, inputs):
+    import pytest
+    pytest.exit("done", returncode=0)
+
+def ends(problem, inputs):
+    raise SystemExit(0)
+
+def sparse(problem, inputs):
+    return attention(problem, inputs)[0].to_sparse()
+
+def without_data(problem, inputs):
+    return attention(problem, inputs)[0].to("meta")
+
 def silent(problem, inputs):
     assert problem.num_rows < 3
     return attention(problem, inputs)
@@ -137,3 +150,51 @@ def test_three_results_are_refused_and_a_silent_assertion_is_named(home):
     assert "smallest failing case of out_and_lse_match_the_oracle: assert" in done.stdout or (
         "AssertionError without a message" in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("leaves", "the implementation ended the process: Exit('done')"),
+        ("ends", "the implementation ended the process: SystemExit(0)"),
+        ("sparse", "an implementation must return dense tensors, got the layout torch.sparse_coo for out"),
+        ("without_data", "an implementation must return dense tensors, got no data (meta) for out"),
+    ],
+)
+def test_what_is_no_result_is_a_failure(home, name, message):
+    done, found = suite(home, name, "-k", "out_and")
+    assert done.returncode == 1, done.stdout
+    assert message in done.stdout
+    assert found["counts"]["FAILED"] == 1
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('no GPU')", "raise SystemExit(0)", "def f(:"])
+def test_a_module_that_cannot_be_imported_is_a_usage_error(home, text):
+    (home / "broken.py").write_text(text)
+    done, _ = suite(home, "right", "--implementation=broken:f")
+    assert done.returncode == 4, done.stdout
+    assert "--implementation broken:f: importing it raised" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ("[[fails]]\nlaw = 'x'\nreason = 'y'\nerror = ''", "error must be the name of an exception, got ''"),
+        ("[[skips]]\nlaw = 'x'\nreason = 'y'\nerror = 'E'", "an error only if it fails"),
+        (
+            "[[fails]]\nwhen = '1 / (problem.num_rows - 2) > 0'\nreason = 'y'",
+            "when must be an expression of every problem, got '1 / (problem.num_rows - 2) > 0', which raises",
+        ),
+    ],
+)
+def test_wrong_entries_are_named(home, known, message):
+    done, _ = suite(home, "capped", "-k", "out_and or known", known=known)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+def test_a_report_that_cannot_be_written_is_said_at_once(home):
+    done, _ = suite(home, "capped", "-k", "out_and", "--conformance-json=theirs.py/x.json")
+    assert done.returncode == 4
+    assert "--conformance-json must be a file that can be written" in done.stdout + done.stderr
+    assert "conformance =" not in done.stdout

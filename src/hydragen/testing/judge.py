@@ -70,6 +70,9 @@ def run_in_place(
                 "an implementation must return out or (out, lse) as tensors, "
                 f"got {type(value).__name__} for {name}"
             )
+        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            what = "no data (meta)" if value.is_meta else f"the layout {value.layout}"
+            raise TypeError(f"an implementation must return dense tensors, got {what} for {name}")
     return out, lse
 
 

@@ -67,7 +67,13 @@ class Entry:
         if self.code is None:
             return False
         # the file belongs to whoever runs the suite, like a conftest.py
-        return bool(eval(self.code, {"problem": problem, "torch": torch}))
+        try:
+            return bool(eval(self.code, {"problem": problem, "torch": torch}))
+        except Exception as error:
+            raise ValueError(
+                f"known failures: when must be an expression of every problem, got {self.when!r}, which "
+                f"raises {error!r} for {problem!r}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def read(path: Path) -> Known:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"known failures: {path} cannot be read: {error}") from None
     unknown = set(tables) - {"fails", "skips"}
     if unknown:
@@ -141,6 +147,8 @@ def _entry(item: Any, where: str, fails: bool) -> Entry:
             f"got {sorted(item)}"
         )
     expected = item.get("error", "AssertionError")
+    if not expected.isidentifier():
+        raise ValueError(f"known failures: {where}: error must be the name of an exception, got {expected!r}")
     if "law" in item:
         return Entry(item["reason"], fails, law=item["law"], error=expected)
     try:

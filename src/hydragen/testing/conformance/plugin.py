@@ -88,6 +88,8 @@ def pytest_configure(config: pytest.Config) -> None:
             if here not in sys.path:  # the module may lie in the current folder, as with `python -m pytest`
                 sys.path.insert(0, here)
             session.subjects = [_subject(path, config)]
+        if written := config.getoption("--conformance-json"):
+            _check_writable(config.invocation_params.dir / written)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     _choose_seed(config)
@@ -115,6 +117,15 @@ def _known(config: pytest.Config) -> Known:
         base = config.inipath.parent if config.inipath else Path()
         return read(base / said)
     return Known()
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ValueError now, and not when all is done, if a report cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"--conformance-json must be a file that can be written: {error}") from None
 
 
 def _choose_seed(config: pytest.Config) -> None:

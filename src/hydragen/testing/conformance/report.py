@@ -187,6 +187,7 @@ def about_run(session: Session, config: pytest.Config) -> dict[str, Any]:
         "examples": examples
         + (
             "the same as long as your source is"
+            + (f" (--hypothesis-seed={seed} is for other profiles)" if seed is not None else "")
             if settings().derandomize
             else f"repeat with --hypothesis-seed={seed}"
         ),

@@ -100,6 +100,8 @@ def load(path: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--implementation {path}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever their module does when it is imported
+        raise ValueError(f"--implementation {path}: importing it raised {error!r}") from error
     if not callable(found):
         raise ValueError(f"--implementation must be a function, got {type(found).__name__} for {path!r}")
     function: Callable[..., Any] = found
@@ -133,6 +135,9 @@ def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implement
                 raise
             saw_refusal(str(error))
             reject()
+        except (pytest.exit.Exception, SystemExit) as error:
+            # it would end the whole run, with whatever status it likes
+            raise AssertionError(f"the implementation ended the process: {error!r}") from error
         except (pytest.skip.Exception, pytest.xfail.Exception) as error:
             # it would end the whole law, and pass for one that was never tried
             raise AssertionError(
