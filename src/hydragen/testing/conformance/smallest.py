@@ -48,7 +48,7 @@ def smallest(implementation: Implementation, tally: Tally, error: BaseException)
                 laws.matches_oracle(implementation, problem)
             except AssertionError as failure:
                 return seen.where or _said(failure)
-            except Exception:  # noqa: BLE001 - another failure, or a problem that the function refuses
+            except (Exception, SystemExit):  # noqa: BLE001 - another failure, or a problem that the function refuses
                 return ""
         return ""
 
