@@ -71,7 +71,8 @@ class Inputs:
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same values with the same strides on a device; the offsets stay on the CPU."""
-        if self.q.device.type == torch.device(device).type:
+        wanted = torch.device(device)
+        if self.q.device.type == wanted.type and wanted.index in (None, self.q.device.index):
             return self
         q, k, v = (_copy(tensor, device) for tensor in (self.q, self.k, self.v))
         sinks = None if self.sinks is None else self.sinks.to(device)

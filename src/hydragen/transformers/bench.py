@@ -19,6 +19,7 @@ from hydragen.transformers.bench_files import Results
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.layers import PrefixLayer
 from hydragen.transformers.ordinary import ordinary_bytes, ordinary_step
+from hydragen.transformers.parallel import smallest
 from hydragen.transformers.support import max_positions
 from hydragen.transformers.timing import StepTime, roof_seconds, time_step, timed
 
@@ -80,10 +81,10 @@ def measure(prefixes: Prefixes, case: Case) -> Row:
     row.details = {"left_out": {}, "bytes_per_token": bytes_per_token(prefix)}
     # All ways share the memory of the rows' own tokens.
     needed = row.details["bytes_per_token"] * case.batch * case.completion + _SPARE
-    if free_bytes(device) < needed:
+    if not _fits(prefixes.model, needed):
         prefixes.keep_only(case)
         release(device)
-    if free_bytes(device) < needed:
+    if not _fits(prefixes.model, needed):
         free = free_bytes(device) / 2**30
         row.details["left_out"]["all"] = f"needs {needed / 2**30:,.1f} GiB, {free:,.1f} GiB are free"
         return row
@@ -94,6 +95,11 @@ def measure(prefixes: Prefixes, case: Case) -> Row:
     if case.hf:
         _measure_ordinary(row, prefixes)
     return row
+
+
+def _fits(model: PreTrainedModel, needed: float) -> bool:
+    """Whether every process of the model has so much memory."""
+    return bool(smallest(model, int(free_bytes(model.device) >= needed)))
 
 
 def _time_ways(row: Row, cache: PrefixCache) -> None:
@@ -159,7 +165,10 @@ def run(
     for case in cases:
         if results.has(case.key):
             continue
-        if time.perf_counter() - began > max(seconds - LAST_START, seconds / 2):
+        in_time = time.perf_counter() - began <= max(seconds - LAST_START, seconds / 2)
+        if prefixes is not None:
+            in_time = bool(smallest(prefixes.model, int(in_time)))  # in step with the other processes
+        if not in_time:
             say(results.leave_out(case, f"no time: {seconds:.0f} s in all"))
             continue
         try:

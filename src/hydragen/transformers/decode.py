@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hydragen.host_ints import IntArray
 from hydragen.transformers.experts import batched_experts, batched_pays
+from hydragen.transformers.parallel import is_parallel
 from hydragen.transformers.sampling import Sampling, logprobs_of
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ class Step:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # a communicator's own thread goes on meanwhile
+            mode = "thread_local" if is_parallel(self.cache.model) else "global"
+            with torch.cuda.graph(graph, capture_error_mode=mode):
                 self._eager()
         except RuntimeError as error:
             # Nothing of the step has run: only the notes of which layers have stored it are wrong.

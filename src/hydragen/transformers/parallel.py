@@ -8,9 +8,14 @@ from transformers import PreTrainedModel
 from hydragen.host_ints import IntArray
 
 
+def processes(model: PreTrainedModel) -> int:
+    """Return how many processes hold parts of the model, each the same number of heads."""
+    return (getattr(model, "tp_size", None) or 1) if torch.distributed.is_initialized() else 1
+
+
 def is_parallel(model: PreTrainedModel) -> bool:
     """Whether other processes hold parts of the model."""
-    return getattr(model, "tp_size", None) not in (None, 1) and torch.distributed.is_initialized()
+    return processes(model) > 1
 
 
 def smallest(model: PreTrainedModel, value: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from hydragen.explain import explain
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.decode import State, Step
+from hydragen.transformers.parallel import processes, smallest
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import text_config
 from hydragen.tree import PrefixTree
@@ -74,7 +75,9 @@ def time_step(cache: PrefixCache, completion: int, seconds: float) -> StepTime:
     none = torch.empty(0, dtype=torch.int64, device=device)
     state = State.begin(np.full(size, completion), np.arange(size), device)
     state.limit.fill_(2**62)  # all rows go on
-    state.token.random_(cache.model.get_input_embeddings().num_embeddings)
+    vocabulary = cache.model.get_input_embeddings().num_embeddings
+    tokens = np.random.default_rng(0).integers(0, vocabulary, size)  # the same in all processes
+    state.token.copy_(torch.from_numpy(tokens))
     rows.begin_decode(np.arange(size), np.full(size, steps))
     rows.lens_on_device.zero_()
     step = Step(cache, state, Sampling(), none)
@@ -85,7 +88,7 @@ def time_step(cache: PrefixCache, completion: int, seconds: float) -> StepTime:
     step.run()  # on a GPU the one that is captured
     middle = _replay(step, steps // 2, 1)
     parts = min(PARTS, steps)
-    replays = int(seconds / middle[0][0] / parts)
+    replays = smallest(cache.model, int(seconds / middle[0][0] / parts))
     if replays == 0:
         lengths, runs = [steps // 2 + 1], [middle]
     else:
@@ -130,7 +133,8 @@ def roof_seconds(cache: PrefixCache, lengths: tuple[int, ...]) -> float | None:
     """
     if cache.model.device.type != "cuda":
         return None
-    rows, num_q_heads = cache.rows, text_config(cache.model).num_attention_heads
+    rows, config = cache.rows, text_config(cache.model)
+    num_q_heads = config.num_attention_heads // processes(cache.model)
     shared = np.concatenate([level.lens for level in rows.levels])
     shapes: dict[tuple[Any, ...], int] = {}
     for layer in cache.layers:
