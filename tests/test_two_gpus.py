@@ -85,7 +85,8 @@ def test_a_plan_grows_on_the_second_gpu_as_on_the_first(layout: str) -> None:
         decode(layout, torch.device("cuda", index)) for index in (0, 1)
     )
     assert second_keys.device.index == 1
-    assert torch.equal(first_keys.cpu(), second_keys.cpu())
+    # NaN where nothing has been written
+    assert torch.equal(first_keys.nan_to_num().cpu(), second_keys.nan_to_num().cpu())
     for a, b in zip(first, second, strict=True):
         assert b.out.device.index == 1
         for x, y in zip(a, b, strict=True):
@@ -148,7 +149,7 @@ def test_a_plan_made_on_one_stream_runs_on_others(layout: str) -> None:
     with torch.cuda.stream(stream):
         found, keys = decode(layout, device)
     stream.synchronize()
-    assert torch.equal(keys, expected_keys)
+    assert torch.equal(keys.nan_to_num(), expected_keys.nan_to_num())  # NaN where nothing has been written
     for a, b in zip(expected, found, strict=True):
         same(a, b)
 

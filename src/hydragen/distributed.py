@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hydragen.merging import check_state, merge_states
+from hydragen.merging import check_state, combine
 from hydragen.transforms import check_untransformed
 from hydragen.types import AttentionState
 
@@ -79,15 +79,16 @@ def merge_over_ranks(
         )
     _check_group(group, out.device)
     size = dist.get_world_size(group)
-    # lse joins out as one more column, so that one exchange does
-    packed = torch.cat([out, lse[..., None]], -1)  # in the wider dtype of the two
-    gathered = packed.new_empty(size * packed.numel())
-    _all_gather(gathered, packed.reshape(-1), group=group)
-    parts = gathered.view(size, *packed.shape)
-    merged = merge_states([AttentionState(part[..., :-1], part[..., -1]) for part in parts])
-    return AttentionState(
-        merged.out.to(out.dtype if out_dtype is None else out_dtype), merged.lse.to(lse.dtype)
+    # lse behind out, so that one exchange does, in the wider dtype of the two
+    packed = torch.cat([out.reshape(-1), lse.reshape(-1)])
+    gathered = packed.new_empty(size, packed.numel())
+    _all_gather(gathered.view(-1), packed, group=group)
+    parts = [part.split([out.numel(), lse.numel()]) for part in gathered]
+    merged = combine(
+        [(part.view(out.shape), lses.view(lse.shape)) for part, lses in parts],
+        out.dtype if out_dtype is None else out_dtype,
     )
+    return AttentionState(merged.out, merged.lse.to(lse.dtype))
 
 
 def _check_group(group: object, device: torch.device) -> None:

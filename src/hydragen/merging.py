@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from hydragen.types import AttentionState
 from hydragen_reference import decomposed
+from hydragen_reference.segment import in_transform
+
+_FUSED = {torch.float16, torch.bfloat16, torch.float32}
 
 
 def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> AttentionState:
     """Merge attention over disjoint sets of keys into attention over all of them.
 
     Associative and commutative up to rounding; `(0, -inf)` is the identity; empty states alone give the empty
-    state. Gradients flow through `out` and `lse`. Hydragen (arXiv 2402.05099), section 3.1.
+    state. Gradients flow through `out` and `lse`. On a GPU one kernel does it, where no gradients are needed
+    and nothing is float64. Hydragen (arXiv 2402.05099), section 3.1.
 
     Parameters
     ----------
@@ -58,9 +63,35 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
                     f"{list(mine.shape)} {mine.dtype} on {mine.device}; "
                     "give all states one shape, dtype and device"
                 )
+    return combine(checked, out.dtype)
+
+
+def combine(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
+    """Merge states that fit together, `out` rounded once, to `out_dtype`."""
+    out, lse = states[0]
+    if _one_launch_does(states, out_dtype):
+        from hydragen.backends import states as fused  # noqa: PLC0415 (the library works without triton)
+
+        return fused.merge(states, out_dtype)
     wide = torch.float64 if torch.float64 in (out.dtype, lse.dtype) else torch.float32
-    merged = decomposed.merge_states([decomposed.State(*(x.to(wide) for x in state)) for state in checked])
-    return AttentionState(merged.out.to(out.dtype), merged.lse.to(lse.dtype))
+    merged = decomposed.merge_states([decomposed.State(*(x.to(wide) for x in state)) for state in states])
+    return AttentionState(merged.out.to(out_dtype), merged.lse.to(lse.dtype))
+
+
+def _one_launch_does(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> bool:
+    """Whether the kernel serves these: on a GPU, no float64, nothing that PyTorch must see into.
+
+    A compiler makes a kernel of PyTorch's operations by itself, and gradients need them.
+    """
+    out, lse = states[0]
+    if not out.is_cuda or lse.dtype != torch.float32 or not {out.dtype, out_dtype} <= _FUSED:
+        return False
+    if torch.compiler.is_compiling() or in_transform() or find_spec("triton") is None:
+        return False
+    tensors = [x for state in states for x in state]
+    return all(type(x) is Tensor for x in tensors) and not (
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    )
 
 
 def check_state(state: object, name: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,80 @@
+"""Merging whole states in one launch, where PyTorch's operations would take a dozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hydragen.backends.launch import INTERPRET, Launcher, alignment
+from hydragen.kernels.states import merge_states
+from hydragen.types import AttentionState
+
+# States that one launch reads: each has pointers and registers of its own.
+MOST_STATES = 16
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ROWS, _COLUMNS, _WARPS = 4, 256, 4
+
+
+def merge(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
+    """Merge states of one shape, one of `DTYPES` with float32 lse, on one device.
+
+    More than `MOST_STATES` are merged by groups, whose results stay in float32: in the same groups always, so
+    that bits do not change from run to run.
+    """
+    while len(states) > MOST_STATES:
+        groups = [states[i : i + MOST_STATES] for i in range(0, len(states), MOST_STATES)]
+        states = [_merge(group, torch.float32) for group in groups]
+    return _merge(states, out_dtype)
+
+
+def _merge(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
+    first = states[0][0]
+    out = torch.empty(first.shape, dtype=out_dtype, device=first.device)
+    lse = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
+    if lse.numel() == 0:
+        return AttentionState(out, lse)
+    # rows as one dimension: a view wherever strides allow it
+    outs = tuple([_rows(x, first.shape[-1]) for x, _ in states])
+    lses = tuple([x.reshape(-1) for _, x in states])
+    launch = _launcher(
+        lse.numel(),
+        first.shape[-1],
+        tuple([x.stride(0) for x in outs]),
+        tuple([x.stride(0) for x in lses]),
+        (first.dtype, out_dtype, first.device),
+    )
+    tensors, aligned = (outs, lses, out, lse), alignment(outs + lses)
+    if INTERPRET or first.device.index == torch.cuda.current_device():
+        launch(tensors, aligned)
+    else:
+        with torch.cuda.device(first.device):
+            launch(tensors, aligned)
+    return AttentionState(out, lse)
+
+
+def _rows(out: Tensor, width: int) -> Tensor:
+    """Return out as [rows, width] with neighbouring columns."""
+    rows = out.reshape(-1, width) if width else out.new_empty(out.shape[:-1].numel(), 0)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@lru_cache(maxsize=1024)
+def _launcher(
+    num_rows: int,
+    width: int,
+    out_strides: tuple[int, ...],
+    lse_strides: tuple[int, ...],
+    kinds: tuple[torch.dtype | torch.device, ...],
+) -> Launcher:
+    columns = min(_COLUMNS, max(16, 1 << (width - 1).bit_length()))
+    return Launcher(
+        merge_states,
+        (-(-num_rows // _ROWS), max(1, -(-width // columns)), 1),
+        (num_rows, out_strides, lse_strides),
+        (width, _ROWS, columns, INTERPRET),
+        {"num_warps": _WARPS},
+        (*kinds, len(out_strides)),
+    )
