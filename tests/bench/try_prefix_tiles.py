@@ -1,7 +1,7 @@
 """Launch choices that have no measurement yet: checked, then timed against what the library does now.
 
     PYTHONPATH=src:reference python tests/bench/try_prefix_tiles.py              # everything, under 8 minutes
-    PYTHONPATH=src:reference python tests/bench/try_prefix_tiles.py "B1024 P16384"   # shapes that match
+    PYTHONPATH=src:reference python tests/bench/try_prefix_tiles.py "B256 P2048"   # shapes that match
 
 A variant changes what tuning decides, for this process only. For each shape and variant: at least eight rows
 against float64, then 30 replays of a captured graph whose partial results and output are filled with NaN
@@ -39,8 +39,8 @@ SECONDS = 450.0
 class Variant:
     """What is decided otherwise; None: as the library decides.
 
-    `tile`: a name of PREFIX_TILES, or "plain"; `prefix_splits`: programs that share a prefix; `suffix_keys`:
-    keys of a suffix program; `suffix_heads`: its KV heads.
+    `tile`: a name of ALL_TILES, or "plain"; `prefix_splits`: programs that share a prefix; `suffix_keys`:
+    keys of a suffix program; `suffix_heads`: its KV heads; `suffix_stages`: its steps in flight.
     """
 
     name: str
@@ -49,46 +49,44 @@ class Variant:
     prefix_splits: int | None = None
     suffix_keys: int | None = None
     suffix_heads: int | None = None
+    suffix_stages: int | None = None
 
 
+# Compile without spills as well, and are not chosen: room for one suffix program beside them.
+MORE_TILES = {
+    "narrow+1": prefix_tiles.PrefixTile(64, 3, 2, 128, 176, beside=1),
+    "wide+1": prefix_tiles.PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),
+}
+ALL_TILES = prefix_tiles.PREFIX_TILES | MORE_TILES
 PLAIN = Variant("as it is")
-NONE = Variant("plain", "plain")
-TILES = [
-    PLAIN,
-    NONE,
-    Variant("wide", "wide"),
-    Variant("wide, persistent", "wide", persistent=True),
-    Variant("narrow+2", "narrow+2"),
-    Variant("narrow+2, persistent", "narrow+2", persistent=True),
-    Variant("single", "single"),
-]
-# where the programs fit one wave, persistent ones are the same
-ONE_WAVE = [variant for variant in TILES if not variant.persistent]
-ALONE = [PLAIN, NONE, *(Variant(name, name) for name in prefix_tiles.PREFIX_TILES)]
-MEMORY_BOUND = [
-    PLAIN,
-    Variant("suffix 256 keys", suffix_keys=256),
-    Variant("suffix 128 keys", suffix_keys=128),
-    Variant("suffix 1 head", suffix_heads=1),
-    Variant("suffix 2 heads, 256 keys", suffix_heads=2, suffix_keys=256),
-    Variant("prefix 4 splits", prefix_splits=4),
-    Variant("prefix 4 splits, suffix 128 keys", prefix_splits=4, suffix_keys=128),
-]
+
+
+# Prefix programs on some multiprocessors and nothing beside them, the suffix on the others: each tile with as
+# many splits as leave some free, and those that share a multiprocessor.
+def apart(*splits: int) -> list[Variant]:
+    """Variants of the tiles that read keys once for 128 rows, with each number of splits."""
+    found = [PLAIN]
+    for tile in ("wide", "narrow+1", "narrow+2"):
+        found += [Variant(f"{tile}, {n} splits", tile, prefix_splits=n) for n in splits]
+    return [
+        *found,
+        Variant(f"wide+1, {splits[-1]} splits", "wide+1", prefix_splits=splits[-1]),
+        Variant(
+            f"narrow+1, {splits[-1]} splits, 6 stages", "narrow+1", prefix_splits=splits[-1], suffix_stages=6
+        ),
+    ]
+
+
 SHAPES: dict[str, list[Variant]] = {
-    "32/8 B1024 P16384 S0": ALONE,
-    "32/8 B1024 P1024 S0": ALONE,
-    "32/8 B256 P8192 S0": ALONE,
-    "32/32 B256 P4096 S0": ALONE,
-    "32/8 B1024 P16384 S128": TILES,
-    "32/8 B1024 P65536 S128": TILES,
-    "32/8 B1024 P16384 S512": TILES,
-    "32/32 B1024 P16384 S128": TILES,
-    "32/8 B1024 P4096 S128": TILES,
-    "32/8 B256 P65536 S512": ONE_WAVE,
-    "32/8 B256 P8192 S256": ONE_WAVE,
-    "32/32 B256 P16384 S128": ONE_WAVE,
-    "32/8 B320 P5001 S77": TILES,  # ends within a block, fills no tile
-    "32/32 B64 P4096 S512": MEMORY_BOUND,
+    "32/8 B256 P2048 S64": apart(1, 2),
+    "32/8 B64 P4096 S128": apart(4, 6, 8),
+    "32/8 B256 P4096 S128": apart(1, 2),
+    "32/8 B64 P16384 S128": apart(4, 6, 8),
+    "32/8 B256 P2048 S112": apart(1, 2),
+    "32/8 B64 P1024 S128": apart(2, 4),
+    "32/8 B256 P1024 S128": apart(1, 2),
+    "32/8 B128 P8192 S128": apart(2, 3, 4),
+    "32/8 B256 P2048 S0": apart(1, 2),
 }
 
 
@@ -112,9 +110,15 @@ def deciding(variant: Variant) -> Iterator[None]:
     if variant.tile is not None and variant.tile != "plain":
         if WHY_NOT is not None:
             raise ImportError(f"this Triton has no Gluon as the kernel needs it: {WHY_NOT}")
-        tile = replace(prefix_tiles.PREFIX_TILES[variant.tile], persistent=variant.persistent)
+        tile = replace(ALL_TILES[variant.tile], persistent=variant.persistent)
+
+    def tiles(*given: Any) -> Any:
+        small, *rest = tiles_for(*given)
+        return (replace(small, num_stages=variant.suffix_stages or small.num_stages), *rest)
+
+    tiles_for = work.tiles_for
     with ExitStack() as stack:
-        instead = {"split_size": splits, "heads_per_program": heads}
+        instead = {"split_size": splits, "heads_per_program": heads, "tiles_for": tiles}
         for name, function in instead.items():
             stack.enter_context(set_to(work, name, function))
         if variant.tile is not None:
