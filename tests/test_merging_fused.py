@@ -92,7 +92,9 @@ def test_merge_states_takes_the_kernel_on_a_gpu_and_keeps_gradients(device: torc
     given = states((64, 8, 128), 2, torch.float32, device)
     merged = hydragen.merge_states(given)
     assert torch.equal(merged.out, combine(given, torch.float32).out)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         hydragen.merge_states(given)
         torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if event.device_type.name == "CUDA"]

@@ -22,6 +22,12 @@ _PROGRAM_SECONDS = 3e-6
 _PARTIAL_SECONDS = 0.04e-6
 # Share of the device's peak that a compute-bound tile reaches.
 _COMPUTE_EFFICIENCY = 0.6
+# The same of the tile that nothing fits beside.
+_EXCLUSIVE_EFFICIENCY = 0.85
+# What multiprocessors that are free meanwhile read, over their share of the memory's bandwidth; and what the
+# rest takes beyond its traffic where it runs afterwards. Fitted to docs/experiments.md, 31.
+_FREE_SHARE = 1.5
+_AFTERWARDS_SECONDS = 8e-6
 # Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
 # memory.
 _PROGRAM_BANDWIDTH = 40e9
@@ -59,6 +65,26 @@ def stream_seconds(
     return programs * (size / target.bandwidth + 0.4e-6 / slots) + 0.15 * most * size / share
 
 
+def exclusive_seconds(busy: float, programs: int, beside: float, target: Target) -> float:
+    """Return how long a launch and all others take, if nothing fits beside its programs.
+
+    The others run on the multiprocessors that it leaves free, and afterwards: a split less than would fill
+    the device may be the better choice.
+
+    Parameters
+    ----------
+    busy : float
+        Seconds that the launch takes.
+    programs : int
+        Of the launch, one on a multiprocessor.
+    beside : float
+        Seconds of memory traffic of all others.
+    """
+    alone = beside + _AFTERWARDS_SECONDS
+    free = max(0.0, 1 - programs / target.num_sms)
+    return busy + alone - min(alone, busy * min(1.0, _FREE_SHARE * free))
+
+
 def split_size(
     kv_lens: IntArray,
     programs: IntArray,
@@ -88,7 +114,7 @@ def split_size(
         What one more split of all segments costs in partials written and read.
     beside : float
         Seconds of memory traffic that other launches have beside this one: being faster than they are gains
-        nothing, and one program per multiprocessor leaves them room.
+        nothing, and one program per multiprocessor leaves them room, or none (`exclusive_seconds`).
     """
     if batch_invariant:
         return INVARIANT_SPLIT
@@ -97,7 +123,9 @@ def split_size(
     if longest <= 6 * step:  # two splits would have less than four steps
         return best
     slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
-    compute = flops_per_key * slots / (_COMPUTE_EFFICIENCY * target.flops)  # seconds per key of a busy device
+    exclusive = tile.prefix if beside and tile.prefix is not None and tile.prefix.beside == 0 else None
+    efficiency = _COMPUTE_EFFICIENCY if exclusive is None else _EXCLUSIVE_EFFICIENCY
+    compute = flops_per_key * slots / (efficiency * target.flops)  # seconds per key of a busy device
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
     keys = int(programs.dot(kv_lens))
     few = beside == 0 and keys < 2 * target.num_sms * longest
@@ -106,6 +134,10 @@ def split_size(
     def seconds(num_splits: int, size: int, total: int) -> float:
         # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
         waves = -(-total // slots) if total < 8 * slots else total / slots
+        if exclusive is not None:
+            busy = -(-total // slots) * (size * compute + _PROGRAM_SECONDS)
+            count = min(total, exclusive.num_programs(total, target.num_sms))
+            return exclusive_seconds(busy, count, beside, target) + num_splits * seconds_per_split
         if tile.block_m > 16:
             busy = waves * (size * compute + _PROGRAM_SECONDS)
         elif few:

@@ -52,8 +52,10 @@ class Variant:
     suffix_stages: int | None = None
 
 
-# Compile without spills as well, and are not chosen: room for one suffix program beside them.
+# Compile without spills as well, and are not chosen.
 MORE_TILES = {
+    "single, 2 stages": prefix_tiles.PrefixTile(64, 2, 1, 128, 232, beside=2),
+    "single, 4 stages": prefix_tiles.PrefixTile(64, 4, 1, 128, 232, beside=2),
     "narrow+1": prefix_tiles.PrefixTile(64, 3, 2, 128, 176, beside=1),
     "wide+1": prefix_tiles.PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),
 }
@@ -61,32 +63,34 @@ ALL_TILES = prefix_tiles.PREFIX_TILES | MORE_TILES
 PLAIN = Variant("as it is")
 
 
-# Prefix programs on some multiprocessors and nothing beside them, the suffix on the others: each tile with as
-# many splits as leave some free, and those that share a multiprocessor.
-def apart(*splits: int) -> list[Variant]:
-    """Variants of the tiles that read keys once for 128 rows, with each number of splits."""
-    found = [PLAIN]
-    for tile in ("wide", "narrow+1", "narrow+2"):
-        found += [Variant(f"{tile}, {n} splits", tile, prefix_splits=n) for n in splits]
-    return [
-        *found,
-        Variant(f"wide+1, {splits[-1]} splits", "wide+1", prefix_splits=splits[-1]),
-        Variant(
-            f"narrow+1, {splits[-1]} splits, 6 stages", "narrow+1", prefix_splits=splits[-1], suffix_stages=6
-        ),
-    ]
+def splits(*counts: int) -> list[Variant]:
+    """What is chosen now, and other numbers of programs that share a prefix."""
+    return [PLAIN, *(Variant(f"{n} splits", prefix_splits=n) for n in counts)]
 
 
+# Where nothing fits beside a prefix program, fewer of them leave multiprocessors to the suffix; and a ring of
+# more or fewer stages for the small tile, whose loads wait beside the suffix's.
+RINGS = [
+    PLAIN,
+    Variant("single, 4 stages", "single, 4 stages"),
+    Variant("single, 2 stages", "single, 2 stages"),
+]
 SHAPES: dict[str, list[Variant]] = {
-    "32/8 B256 P2048 S64": apart(1, 2),
-    "32/8 B64 P4096 S128": apart(4, 6, 8),
-    "32/8 B256 P4096 S128": apart(1, 2),
-    "32/8 B64 P16384 S128": apart(4, 6, 8),
-    "32/8 B256 P2048 S112": apart(1, 2),
-    "32/8 B64 P1024 S128": apart(2, 4),
-    "32/8 B256 P1024 S128": apart(1, 2),
-    "32/8 B128 P8192 S128": apart(2, 3, 4),
-    "32/8 B256 P2048 S0": apart(1, 2),
+    "32/8 B64 P16384 S128": splits(5, 6, 7, 8),
+    "32/8 B128 P8192 S128": splits(2, 3, 4),
+    "32/8 B64 P65536 S512": splits(6, 7, 8),
+    "32/8 B64 P65536 S128": splits(7, 8),
+    "8/1 B512 P4096 S128": splits(2, 3, 4),
+    "8/1 B512 P8192 S128": splits(2, 3, 4),
+    "8/1 B1024 P8192 S256": splits(2, 3),
+    "32/8 B256 P8192 S128": splits(1, 2, 3),
+    "32/8 B128 P16384 S128": splits(2, 3, 4),
+    "32/8 B200 P16384 S128": splits(2, 3),
+    "32/8 B64 P16384 S128 d64": splits(4, 6, 8),
+    "32/8 B64 P16384 S128 d256": splits(2, 3, 4),
+    "32/8 B256 P2048 S64": RINGS,
+    "32/8 B64 P4096 S128": RINGS,
+    "32/8 B256 P4096 S128": RINGS,
 }
 
 
@@ -95,7 +99,7 @@ def deciding(variant: Variant) -> Iterator[None]:
     """Decide as `variant` says; the library's choices are functions that work.py calls by name."""
     split_size, heads_per_program = work.split_size, work.heads_per_program
 
-    def splits(kv_lens: Any, programs: Any, tile: Any, *rest: Any, **named: Any) -> int:
+    def chosen_splits(kv_lens: Any, programs: Any, tile: Any, *rest: Any, **named: Any) -> int:
         if tile.block_m > 16 and variant.prefix_splits is not None:
             return math.ceil(int(kv_lens.max()) / variant.prefix_splits / tile.step) * tile.step
         if tile.block_m <= 16 and variant.suffix_keys is not None:
@@ -118,7 +122,7 @@ def deciding(variant: Variant) -> Iterator[None]:
 
     tiles_for = work.tiles_for
     with ExitStack() as stack:
-        instead = {"split_size": splits, "heads_per_program": heads, "tiles_for": tiles}
+        instead = {"split_size": chosen_splits, "heads_per_program": heads, "tiles_for": tiles}
         for name, function in instead.items():
             stack.enter_context(set_to(work, name, function))
         if variant.tile is not None:
