@@ -24,10 +24,12 @@ _PARTIAL_SECONDS = 0.04e-6
 _COMPUTE_EFFICIENCY = 0.6
 # The same of the tile that nothing fits beside.
 _EXCLUSIVE_EFFICIENCY = 0.85
-# What multiprocessors that are free meanwhile read, over their share of the memory's bandwidth; and what the
-# rest takes beyond its traffic where it runs afterwards. Fitted to docs/experiments.md, 31.
+# What multiprocessors that are free meanwhile read, over their share of the memory's bandwidth; what the rest
+# takes beyond its traffic where it runs afterwards; and the part of it that is slow to end, as its programs
+# share the few multiprocessors that were free. Fitted to docs/experiments.md, 31 and 32.
 _FREE_SHARE = 1.5
 _AFTERWARDS_SECONDS = 8e-6
+_SLOW_END = 0.25
 # Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
 # memory.
 _PROGRAM_BANDWIDTH = 40e9
@@ -82,7 +84,8 @@ def exclusive_seconds(busy: float, programs: int, beside: float, target: Target)
     """
     alone = beside + _AFTERWARDS_SECONDS
     free = max(0.0, 1 - programs / target.num_sms)
-    return busy + alone - min(alone, busy * min(1.0, _FREE_SHARE * free))
+    left = alone - min(alone, busy * min(1.0, _FREE_SHARE * free))
+    return busy + left + min(left, _SLOW_END * alone)
 
 
 def split_size(

@@ -3,9 +3,9 @@
     PYTHONPATH=src:reference python tests/bench/try_in_model.py codellama-13b 256 16256 wide narrow+2
 
 A model of examples/configs with random weights, the rows' own tokens as ci/generation.py has them. Each tile,
-"wide/2" with two splits, is timed in turns, twice, beside attention switched off; what attention takes is given
-as a multiple of its joint roof. "chosen" is what the library chooses. What each was expected to give stands in
-docs/experiments.md.
+"wide/2" with two splits, is timed in turns, twice, beside attention switched off; what attention takes is
+given as a multiple of its joint roof. "chosen" is what the library chooses. What each was expected to give
+stands in docs/experiments.md.
 """
 
 import sys
@@ -24,8 +24,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
 SECONDS = 0.7
 
 
-def step(cache: PrefixCache, completion: int, name: str) -> StepTime:
-    """Time a decode step with one tile, or without attention."""
+def step(cache: PrefixCache, completion: int, name: str) -> tuple[StepTime, float]:
+    """Time a decode step with one tile, or without attention; and the roof of its attention."""
     tile, _, splits = name.partition("/")
     persistent = tile.startswith(("wide", "narrow"))
     variant = Variant(name, tile, persistent=persistent, prefix_splits=int(splits) if splits else None)
@@ -33,8 +33,9 @@ def step(cache: PrefixCache, completion: int, name: str) -> StepTime:
     way = attention_replaced(switched_off) if name == "off" else nullcontext()
     with chosen, way:
         found = time_step(cache, completion, SECONDS)
+    roof = roof_seconds(cache, found.lengths)
     cache.reset()
-    return found
+    return found, float("nan") if roof is None else roof
 
 
 def main() -> None:
@@ -44,15 +45,13 @@ def main() -> None:
     prefixes = Prefixes(model, random_model(CONFIGS / f"{model}.json", None, "cuda"))
     cache = prefixes.of(case)[1].fork(case.batch)
     for _ in range(2):
-        off = step(cache, case.completion, "off")
+        off, _ = step(cache, case.completion, "off")
         say(f"{model} B{batch} P{prefix}: off {off.seconds * 1e3:.3f} ms")
         for name in ("chosen", *names):
-            found = step(cache, case.completion, name)
-            roof = roof_seconds(cache, found.lengths)
+            found, roof = step(cache, case.completion, name)
             attention = found.seconds - off.seconds
-            times = float("nan") if roof is None else attention / roof
             taken = f"{found.seconds * 1e3:8.3f} ms, attention {attention * 1e3:7.3f} ms"
-            say(f"  {name:24}{taken}, {times:.3f} x roof")
+            say(f"  {name:24}{taken}, {attention / roof:.3f} x roof")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,6 @@ class Variant:
 
 # Compile without spills as well, and are not chosen.
 MORE_TILES = {
-    "single, 2 stages": prefix_tiles.PrefixTile(64, 2, 1, 128, 232, beside=2),
-    "single, 4 stages": prefix_tiles.PrefixTile(64, 4, 1, 128, 232, beside=2),
     "narrow+1": prefix_tiles.PrefixTile(64, 3, 2, 128, 176, beside=1),
     "wide+1": prefix_tiles.PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),
 }
@@ -76,21 +74,15 @@ RINGS = [
     Variant("single, 2 stages", "single, 2 stages"),
 ]
 SHAPES: dict[str, list[Variant]] = {
-    "32/8 B64 P16384 S128": splits(5, 6, 7, 8),
-    "32/8 B128 P8192 S128": splits(2, 3, 4),
+    "32/8 B256 P16384 S128": splits(2, 3, 5),
+    "32/8 B256 P65536 S512": splits(2, 3, 5),
+    "32/32 B256 P65536 S128": splits(1, 2, 3, 5),
+    "8/1 B1024 P4096 S128": splits(1, 2, 3),
+    "8/1 B1024 P8192 S256": splits(1, 2, 3, 5),
     "32/8 B64 P65536 S512": splits(6, 7, 8),
     "32/8 B64 P65536 S128": splits(7, 8),
-    "8/1 B512 P4096 S128": splits(2, 3, 4),
-    "8/1 B512 P8192 S128": splits(2, 3, 4),
-    "8/1 B1024 P8192 S256": splits(2, 3),
-    "32/8 B256 P8192 S128": splits(1, 2, 3),
-    "32/8 B128 P16384 S128": splits(2, 3, 4),
-    "32/8 B200 P16384 S128": splits(2, 3),
-    "32/8 B64 P16384 S128 d64": splits(4, 6, 8),
-    "32/8 B64 P16384 S128 d256": splits(2, 3, 4),
-    "32/8 B256 P2048 S64": RINGS,
-    "32/8 B64 P4096 S128": RINGS,
-    "32/8 B256 P4096 S128": RINGS,
+    "32/8 B64 P16384 S128 d64": splits(6, 8),
+    "40/40 B256 P16256 S64": splits(1, 2, 3, 5),
 }
 
 
