@@ -71,14 +71,15 @@ def exclusive_seconds(busy: float, programs: int, beside: float, target: Target)
     """Return how long a launch and all others take, if nothing fits beside its programs.
 
     The others run on the multiprocessors that it leaves free, and afterwards: a split less than would fill
-    the device may be the better choice.
+    the device may be the better choice. Not several tasks a program, which a device at its limit of power
+    does not reward: those are taken to leave nothing free.
 
     Parameters
     ----------
     busy : float
         Seconds that the launch takes.
     programs : int
-        Of the launch, one on a multiprocessor.
+        Of the launch, one on a multiprocessor if there are so many.
     beside : float
         Seconds of memory traffic of all others.
     """
@@ -126,8 +127,8 @@ def split_size(
     if longest <= 6 * step:  # two splits would have less than four steps
         return best
     slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
-    exclusive = tile.prefix if beside and tile.prefix is not None and tile.prefix.beside == 0 else None
-    efficiency = _COMPUTE_EFFICIENCY if exclusive is None else _EXCLUSIVE_EFFICIENCY
+    exclusive = beside > 0 and tile.prefix is not None and tile.prefix.beside == 0
+    efficiency = _EXCLUSIVE_EFFICIENCY if exclusive else _COMPUTE_EFFICIENCY
     compute = flops_per_key * slots / (efficiency * target.flops)  # seconds per key of a busy device
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
     keys = int(programs.dot(kv_lens))
@@ -137,10 +138,9 @@ def split_size(
     def seconds(num_splits: int, size: int, total: int) -> float:
         # few programs: a partly filled last wave is felt in full; many: the scheduler evens it out
         waves = -(-total // slots) if total < 8 * slots else total / slots
-        if exclusive is not None:
+        if exclusive:
             busy = -(-total // slots) * (size * compute + _PROGRAM_SECONDS)
-            count = min(total, exclusive.num_programs(total, target.num_sms))
-            return exclusive_seconds(busy, count, beside, target) + num_splits * seconds_per_split
+            return exclusive_seconds(busy, total, beside, target) + num_splits * seconds_per_split
         if tile.block_m > 16:
             busy = waves * (size * compute + _PROGRAM_SECONDS)
         elif few:

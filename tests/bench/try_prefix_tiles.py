@@ -73,16 +73,13 @@ RINGS = [
     Variant("single, 4 stages", "single, 4 stages"),
     Variant("single, 2 stages", "single, 2 stages"),
 ]
+WIDE = [Variant(f"wide, {n} splits", "wide", persistent=True, prefix_splits=n) for n in (1, 2, 3)]
 SHAPES: dict[str, list[Variant]] = {
-    "32/8 B256 P16384 S128": splits(2, 3, 5),
-    "32/8 B256 P65536 S512": splits(2, 3, 5),
-    "32/32 B256 P65536 S128": splits(1, 2, 3, 5),
-    "8/1 B1024 P4096 S128": splits(1, 2, 3),
-    "8/1 B1024 P8192 S256": splits(1, 2, 3, 5),
-    "32/8 B64 P65536 S512": splits(6, 7, 8),
-    "32/8 B64 P65536 S128": splits(7, 8),
-    "32/8 B64 P16384 S128 d64": splits(6, 8),
-    "40/40 B256 P16256 S64": splits(1, 2, 3, 5),
+    "40/40 B256 P16256 S64": [*splits(3), *WIDE],
+    "40/40 B256 P16256 S128": [*splits(3), *WIDE],
+    "40/40 B512 P16256 S64": [*splits(1, 2, 3), *WIDE],
+    "32/8 B64 P16384 S128": splits(6, 8),
+    "32/8 B64 P65536 S512": splits(6, 8),
 }
 
 
