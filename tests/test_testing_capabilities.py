@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hydragen.testing import Problem
-from hydragen.testing.conformance.capabilities import Capabilities, parsed
+from hydragen.testing.conformance.capabilities import Capabilities
 from hydragen.testing.conformance.known import read
+from hydragen.testing.conformance.readers import parsed
 
 
 def test_capabilities_as_values_and_as_text():
@@ -57,12 +58,31 @@ def test_what_is_no_capability_is_not_allowed(name):
         ({"trees": "some"}, "choose from any, prefix, none"),
         ({"head_dims": "64,x"}, "head_dims cannot be '64,x'"),
         ({"gqa": 2}, "gqa cannot be 2: choose from yes, no"),
-        ({"device": "cdua"}, "device cannot be 'cdua': Expected one of cpu, cuda"),
+        ({"device": "cdua"}, "device cannot be 'cdua': a device is cpu, cuda, cuda:1"),
     ],
 )
 def test_wrong_capabilities_are_named(value, message):
     with pytest.raises(ValueError, match=message):
         Capabilities().changed(value, "here")
+
+
+@pytest.mark.parametrize("value", [["causal"], "causal=no", 3, None])
+def test_capabilities_that_are_no_mapping(value):
+    with pytest.raises(ValueError, match=r"here must be a dict of capabilities, got .* for example"):
+        Capabilities().changed(value, "here")
+
+
+def test_capabilities_that_contradict_each_other():
+    with pytest.raises(ValueError, match="group_sizes must be left out, or 1, where gqa=no, got 4"):
+        Capabilities().changed({"gqa": "no", "group_sizes": "4"}, "here").check()
+    for fine in ({"gqa": "no"}, {"gqa": "no", "group_sizes": 1}, {"group_sizes": 4}):
+        Capabilities().changed(fine, "here").check()
+
+
+@pytest.mark.parametrize("value", [False, "no", "No", "False", "false", "NO"])
+def test_no_in_any_spelling(value):
+    changed = Capabilities().changed({"causal": value, "gqa": value}, "here")
+    assert (changed.causal, changed.gqa) == ("no", False)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 THEIRS = """
+import torch
 from faulty_attention import attention
 
 def pages(problem, inputs):
@@ -42,6 +43,24 @@ def sparse(problem, inputs):
 
 def without_data(problem, inputs):
     return attention(problem, inputs)[0].to("meta")
+
+def long_halves(problem, inputs):
+    out, lse = attention(problem, inputs)
+    return (out + 1 if problem.dtype == torch.float16 and problem.total_kv > 40 else out), lse
+
+def in_order(problem, inputs):
+    assert problem.row_to_node == tuple(range(problem.num_rows)), "row i has segment i"
+    return attention(problem, inputs)
+in_order.capabilities = {"trees": "none"}
+
+def below_one(problem, inputs):
+    assert problem.row_to_node == tuple(range(1, 1 + problem.num_rows)), "row i has segment i + 1"
+    return attention(problem, inputs)
+below_one.capabilities = {"trees": "prefix"}
+
+def listed(problem, inputs):
+    return attention(problem, inputs)
+listed.capabilities = ["causal"]
 
 def silent(problem, inputs):
     assert problem.num_rows < 3
@@ -198,3 +217,87 @@ def test_a_report_that_cannot_be_written_is_said_at_once(home):
     assert done.returncode == 4
     assert "--conformance-json must be a file that can be written" in done.stdout + done.stderr
     assert "conformance =" not in done.stdout
+
+
+def test_the_case_that_is_shown_fails_even_where_the_last_one_tried_does_not(home):
+    """Of examples that are written down Hypothesis tries all, and raises what one of them did."""
+    done, found = suite(home, "long_halves", "-k", "large")
+    assert done.returncode == 1, done.stdout
+    (law,) = (law for law in found["laws"] if law["outcome"] == "FAILED")
+    assert "dtype=torch.float16" in law["smallest_failing_problem"]
+    imports = (
+        "import torch\nfrom hydragen.testing import Problem, laws\nfrom theirs import long_halves as fn\n"
+    )
+    again = python(home, "-c", imports + law["reproduce"])
+    assert "outside of the error budget" in again.stderr
+
+
+@pytest.mark.parametrize("name", ["in_order", "below_one"])
+def test_a_function_without_trees_need_not_know_another_order(home, name):
+    done, found = suite(home, name)
+    assert done.returncode == 0, done.stdout
+    assert {law["outcome"] for law in found["laws"] if law["law"].startswith("permuting")} == {"held"}
+
+
+def test_why_a_known_failure_is_red(home):
+    fixed = '[[fails]]\nwhen = "problem.window is not None"\nreason = "old"\n'
+    done, found = suite(home, "capped", "-k", "known", "--capability=softcap=no", known=fixed)
+    assert done.returncode == 1
+    said = "works now: problem.window is not None (old): remove it from the known failures"
+    assert [law["reason"] for law in found["laws"]] == [said]
+    assert f"  {said}\n" in done.stdout.partition("= conformance =")[2]
+    law = '[[fails]]\nlaw = "two_runs_give_the_same_bits"\nreason = "old"\n'
+    done, found = suite(home, "capped", "-k", "two_runs", known=law)
+    assert done.returncode == 1
+    assert found["laws"][0]["reason"].startswith("works now: two_runs_give_the_same_bits (old)")
+    for name, known in (
+        ("crashes", CAPPED),
+        ("crashes", law.replace("two_runs_give_the_same_bits", "out_is_linear_in_v")),
+    ):
+        done, found = suite(home, name, "-k", "known or linear", known=known)
+        assert done.returncode == 1
+        (reason,) = (law["reason"] for law in found["laws"] if law["outcome"] == "FAILED")
+        assert reason.startswith("not as listed, which is AssertionError, but by NameError: name 'misspelt'")
+        assert reason.endswith('write error = "NameError"')
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--known-failures", "known.toml"), "--known-failures must be given as --known-failures=FILE"),
+        (("--conformance-json", "r.json"), "--conformance-json must be given as --conformance-json=FILE"),
+        (("--hypothesis-profile=foo",), "--hypothesis-profile must be one of dev, ci, nightly, or one"),
+        (("--implementation=theirs:listed",), "theirs:listed.capabilities must be a dict of capabilities"),
+        (("--capability=gqa=no", "--capability=group_sizes=4"), "group_sizes must be left out, or 1"),
+    ],
+)  # fmt: skip
+def test_options_that_would_be_misread_are_refused(home, options, message):
+    done, _ = suite(home, "capped", "-k", "out_and", *options)
+    assert done.returncode == 4, done.stdout
+    assert message in done.stdout + done.stderr
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+
+
+def test_a_law_that_is_listed_but_not_tested_is_refused(home):
+    known = '[[fails]]\nlaw = "paging_changes_nothing"\nreason = "w"\n'
+    done, _ = suite(home, "capped", known=known)
+    assert done.returncode == 4, done.stdout
+    assert "paging_changes_nothing is not tested (not a capability: paged)" in done.stdout + done.stderr
+
+
+def test_scale_names_what_is_wrong_and_how_much_was_tried(home):
+    scale = ("-m", "hydragen.testing.scale", "--cases=20", "--batch=10")
+    for options, message in (
+        (("--implementation=theirs:nobody",), "error: --implementation theirs:nobody: "),
+        (("--implementation=theirs:capped", "--capability=causal=maybe"), "error: --capability: capability"),
+    ):  # fmt: skip
+        done = python(home, *scale, *options)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    done = python(home, *scale, "--implementation=theirs:capped", "--seed=1", "--json=scale.json")
+    assert "2 of 24 configurations were tried" in done.stdout
+    found = json.loads((home / "scale.json").read_text())
+    assert found["configurations_tried"] == 2
+    for failure in found["first_failures"]:
+        assert not failure["reproduce"] or failure["reproduce"].startswith("laws.")

@@ -114,3 +114,28 @@ def test_wrong_arguments_are_named():
     other = Problem((-1,), (3,), (0,), (1,), head_dim=4)
     with pytest.raises(ValueError, match="head_dim must be the problem's, 8, got 4"):
         transforms.add_unrelated(problem, inputs, other, other.tensors())
+
+
+@pytest.mark.parametrize("trees", ["none", "prefix"])
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_permuted_rows_take_their_own_segments_along(trees, data):
+    """So that row i stays at segment i, or i + 1, for a function that knows nothing else."""
+    problem = data.draw(problems(trees=trees))
+    order = data.draw(st.permutations(range(problem.num_rows)))
+    inputs = problem.tensors()
+    changed, moved = transforms.permute_rows(problem, inputs, order, nodes_along=True)
+    assert changed.parents == problem.parents
+    assert changed.row_to_node == problem.row_to_node
+    expected = compute_oracle(problem, inputs)
+    tokens = transforms.query_tokens(problem, order)
+    found = compute_oracle(changed, moved)
+    assert torch.equal(found.out, expected.out[tokens])
+    assert torch.equal(found.lse, expected.lse[tokens])
+
+
+def test_rows_that_share_a_segment_cannot_take_it_along():
+    problem = Problem((-1, 0), (3, 1), (1, 1), (1, 1))
+    for shared in (problem, Problem((-1, 0), (3, 1), (0, 1), (1, 1))):
+        with pytest.raises(ValueError, match="problem must have a node for each row alone"):
+            transforms.permute_rows(shared, shared.tensors(), [1, 0], nodes_along=True)

@@ -70,6 +70,13 @@ PREFIX_TILES: dict[str, PrefixTile] = {
 _MEASURED = {(64, 64), (128, 128), (256, 256)}
 # Below this ratio of the memory traffic beside the prefix to its compute, nothing needs room beside it.
 _LITTLE_TRAFFIC = 0.72
+# Shares of the device's peak that the fastest tile and the one of two consumers beside others reach; the part
+# of the traffic that the latter does not hide; and the traffic of multiprocessors that the former leaves
+# free, over their share of the bandwidth (docs/experiments.md, 32).
+_WIDE, _NARROW, _NOT_HIDDEN, _FREE_SHARE = 0.85, 0.58, 0.265, 1.5
+# So much longer it may take by this count: it moves fewer partial results, and draws less power. With more
+# traffic than this it has not been measured.
+_WIDE_MAY, _MOST_TRAFFIC = 1.08, 1.5
 
 
 def min_rows(head_dim: int) -> int:
@@ -93,7 +100,8 @@ def prefix_tile_for(
     measured on the 52 shapes of tests/bench/peers_h200.csv (docs/experiments.md), it is the best where the
     prefix takes much longer than the traffic of everything else. Otherwise a tile that leaves room for two
     suffix programs: a small one while there is at most one program of it per multiprocessor (two of them
-    would take that room), beyond that the one of two consumers.
+    would take that room), beyond that the one of two consumers; or the fastest again, where it leaves enough
+    multiprocessors free for the traffic.
 
     Parameters
     ----------
@@ -118,4 +126,21 @@ def prefix_tile_for(
         return replace(PREFIX_TILES["wide"], persistent=True)
     if num_blocks <= num_sms:
         return PREFIX_TILES["single"]
+    if _free_multiprocessors_do(traffic, num_blocks, num_sms):
+        return replace(PREFIX_TILES["wide"], persistent=True)
     return replace(PREFIX_TILES["narrow+2"], persistent=True)
+
+
+def _free_multiprocessors_do(traffic: float, num_blocks: int, num_sms: int) -> bool:
+    """Whether the fastest tile, unsplit, leaves so many multiprocessors free that it is the best after all.
+
+    Times are in those of the prefix's compute at the device's peak, as `traffic` is.
+    """
+    programs = -(-num_blocks // 2)
+    if programs >= num_sms or traffic > _MOST_TRAFFIC:
+        return False
+    wide = num_sms / (programs * _WIDE)
+    left = traffic - min(traffic, wide * min(1.0, _FREE_SHARE * (1 - programs / num_sms)))
+    compute = 1 / _NARROW
+    narrow = max(compute, traffic) + _NOT_HIDDEN * min(compute, traffic)
+    return wide + left <= _WIDE_MAY * narrow

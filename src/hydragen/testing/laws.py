@@ -69,11 +69,14 @@ def flattening_changes_nothing(implementation: Implementation, problem: Problem)
 
 @told
 def permuting_rows_permutes_results(
-    implementation: Implementation, problem: Problem, order: Sequence[int]
+    implementation: Implementation, problem: Problem, order: Sequence[int], *, nodes_along: bool = False
 ) -> None:
-    """Row ``order[i]`` moved to place i takes its result there."""
+    """Row ``order[i]`` moved to place i takes its result there.
+
+    With `nodes_along` it takes its segment along, for who knows no other order of these.
+    """
     __tracebackhide__ = True
-    case = transforms.permute_rows(problem, problem.tensors(), order)
+    case = transforms.permute_rows(problem, problem.tensors(), order, nodes_along=nodes_along)
     places = torch.argsort(transforms.query_tokens(problem, order))
     _expect_unchanged(
         implementation, problem, case, f"rows in the order {tuple(order)} give results in that order", places

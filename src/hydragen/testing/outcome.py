@@ -73,6 +73,7 @@ class Outcome:
                 lines += [
                     f"{where}, case {failure['case']}: {failure['over_budget']}",
                     f"  {failure['problem']}",
+                    *([f"  {failure['reproduce']}"] if failure["reproduce"] else []),
                 ]
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items())
         worst = ", ".join(f"{dtype} {max(of.values()):.2f}" for dtype, of in self.tally.worst.items())

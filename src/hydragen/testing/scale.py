@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from hydragen.testing.batch import check_oracle, judge_rows
-from hydragen.testing.conformance.capabilities import Capabilities, parsed
+from hydragen.testing.conformance.capabilities import Capabilities
+from hydragen.testing.conformance.readers import parsed
 from hydragen.testing.conformance.report import device_name, versions
 from hydragen.testing.conformance.subject import adapt, load
 from hydragen.testing.device_inputs import draw_inputs
@@ -141,14 +142,19 @@ def _judge(
             "lse": number_or_inf(float(judged.lse[rows].max())),
         }
         with outcome.phase("shrink", can.device):
-            smallest = _smallest(implementation, forest, case, can, ends)
-        outcome.shown.append({"batch": number, "case": case, "over_budget": over, "problem": smallest})
+            smallest, call = _smallest(implementation, forest, case, can, ends)
+        outcome.shown.append(
+            {"batch": number, "case": case, "over_budget": over, "problem": smallest, "reproduce": call}
+        )
 
 
 def _smallest(
     implementation: Implementation, forest: Forest, case: int, can: Capabilities, ends: float
-) -> str:
-    """The case alone, shrunk if it fails alone as well; its values are not those that it had in the batch."""
+) -> tuple[str, str]:
+    """The case alone, shrunk if it fails alone as well, and a law that shows it.
+
+    Its values are not those that it had in the batch.
+    """
     ends = min(ends, time.monotonic() + SHRINK_SECONDS)
     whole = forest.case(case)
 
@@ -165,17 +171,24 @@ def _smallest(
             return False
 
     if not fails(whole):
-        return f"{whole!r} (only together with the rest of its batch)"
-    paged = f" (in pages of {forest.page_size})" if forest.page_size else ""
-    return f"{shrink(whole, fails, max_runs=100)!r}{paged}"
+        return f"{whole!r} (only together with the rest of its batch)", ""
+    problem = shrink(whole, fails, max_runs=100)
+    if forest.page_size:
+        call = f"laws.paging_changes_nothing(fn, {problem!r}, {forest.page_size})"
+        return f"{problem!r} (in pages of {forest.page_size})", call
+    return repr(problem), f"laws.matches_oracle(fn, {problem!r})"
 
 
 def main(arguments: list[str] | None = None, **facts: str) -> int:
     """Read the command line, run, write JSON with `facts`; 1 unless all cases were run and none failed."""
     given = _parser().parse_args(arguments)
-    function = load(given.implementation)
-    can = Capabilities().changed(getattr(function, "capabilities", {}), given.implementation)
-    can = can.changed(parsed(given.capability, "--capability"), "--capability")
+    try:
+        function = load(given.implementation)
+        can = Capabilities().changed(getattr(function, "capabilities", {}), given.implementation)
+        can = can.changed(parsed(given.capability, "--capability"), "--capability")
+        can.check()
+    except ValueError as error:
+        _parser().error(str(error))
     sizes = {"seed": given.seed, "num_configurations": given.configurations, "batch": given.batch}
     outcome = Outcome(given.seed)
     began = time.monotonic()
@@ -202,6 +215,7 @@ def main(arguments: list[str] | None = None, **facts: str) -> int:
         report = {
             **outcome.as_dict(),
             "complete": complete,
+            "configurations_tried": min(outcome.batches, given.configurations),
             "total_seconds": round(time.monotonic() - began, 1),
             "implementation": given.implementation,
             "capabilities": can.said(),
@@ -214,20 +228,26 @@ def main(arguments: list[str] | None = None, **facts: str) -> int:
             given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         print("\n".join(outcome.lines()), flush=True)
+        if outcome.batches < given.configurations:
+            tried = f"{outcome.batches} of {given.configurations} configurations were tried"
+            print(f"{tried}: a configuration takes {given.batch} cases (--batch)", flush=True)
     return int(outcome.failures > 0 or not complete or outcome.oracle_apart > 1)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--implementation", required=True, metavar="MODULE:FUNCTION")
-    parser.add_argument("--capability", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=540.0, help="ends by itself after so many")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=500, help="trees of a call")
-    parser.add_argument("--configurations", type=int, default=24, help="of dtype, heads and options")
-    parser.add_argument("--warm", type=int, default=0, help="processes that compile kernels beforehand")
-    parser.add_argument("--json", type=Path)
+    add = parser.add_argument
+    add("--implementation", required=True, metavar="MODULE:FUNCTION", help="as in docs/conformance.md")
+    add("--capability", action="append", default=[], metavar="NAME=VALUE", help="what it can do; repeatable")
+    add("--cases", type=int, default=100_000, help="trees in all (default %(default)s)")
+    seconds = "begins no batch after so many, so it ends a batch later (default %(default)s)"
+    add("--seconds", type=float, default=540.0, help=seconds)
+    add("--seed", type=int, default=0, help="of all that is drawn (default %(default)s)")
+    add("--batch", type=int, default=500, help="trees of a call (default %(default)s)")
+    configurations_ = "of dtype, heads and options; batches take turns with them (default %(default)s)"
+    add("--configurations", type=int, default=24, help=configurations_)
+    add("--warm", type=int, default=0, help="processes that compile kernels beforehand (default none)")
+    add("--json", type=Path, help="write what was found there")
     return parser
 
 

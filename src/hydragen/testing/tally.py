@@ -35,6 +35,9 @@ class Tally:
         What the last comparison outside of the budget said first.
     call
         The law that was tried last, with its arguments, as Python; ``fn`` stands for the implementation.
+    failed
+        `last`, `where` and `call` of the law that failed last: of several examples that are written down
+        (Hypothesis tries them all), the last one run need not be one that fails.
     refusal
         What the last refusal said.
     """
@@ -46,6 +49,7 @@ class Tally:
     last: Problem | None = None
     where: str = ""
     call: str = ""
+    failed: tuple[Problem | None, str, str] | None = None
     refusal: str = ""
 
     def add(self, problem: Problem, name: str, ratio: float) -> None:
@@ -95,6 +99,11 @@ def saw_refusal(said: str) -> None:
         tally.refusal = said
 
 
+def said(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return str(error).partition("\n")[0] or f"{type(error).__name__} without a message"
+
+
 def told(law: Callable[_P, None]) -> Callable[_P, None]:
     """Make a law say how it is called, so that a failure can be repeated outside of the suite."""
 
@@ -104,8 +113,13 @@ def told(law: Callable[_P, None]) -> Callable[_P, None]:
         if _open:
             given = [*map(repr, args[1:]), *(f"{name}={value!r}" for name, value in kwargs.items())]
             for tally in _open:
-                tally.call = f"laws.{law.__name__}(fn, {', '.join(given)})"
-        law(*args, **kwargs)
+                tally.call, tally.where = f"laws.{law.__name__}(fn, {', '.join(given)})", ""
+        try:
+            law(*args, **kwargs)
+        except Exception as error:
+            for tally in _open:
+                tally.failed = tally.last, tally.where or said(error), tally.call
+            raise
 
     return telling
 

@@ -85,8 +85,14 @@ def unshare(problem: Problem, inputs: Inputs, node: int) -> Case:
     return _regrouped(problem, inputs, parents, parts, row_to_node)
 
 
-def permute_rows(problem: Problem, inputs: Inputs, order: Sequence[int]) -> Case:
-    """Row i of the new problem is row ``order[i]`` of the old one."""
+def permute_rows(
+    problem: Problem, inputs: Inputs, order: Sequence[int], *, nodes_along: bool = False
+) -> Case:
+    """Row i of the new problem is row ``order[i]`` of the old one.
+
+    With `nodes_along` each row takes along the node that it ends at, which must be its own: so that rows
+    still end at nodes in ascending order.
+    """
     if sorted(order) != list(range(problem.num_rows)):
         raise ValueError(f"order must be a permutation of {problem.num_rows} rows, got {tuple(order)}")
     changed = replace(
@@ -95,7 +101,16 @@ def permute_rows(problem: Problem, inputs: Inputs, order: Sequence[int]) -> Case
         q_lens=tuple(problem.q_lens[row] for row in order),
     )
     q = inputs.q[query_tokens(problem, order)]
-    return changed, replace(inputs, q=q, cu_seqlens_q=offsets(changed.q_lens))
+    moved = replace(inputs, q=q, cu_seqlens_q=offsets(changed.q_lens))
+    if not nodes_along:
+        return changed, moved
+    ends = changed.row_to_node
+    if len(set(ends)) < len(ends) or set(ends) & set(problem.parents):
+        raise ValueError(f"problem must have a node for each row alone, got {problem!r}")
+    kept = [*(node for node in range(problem.num_nodes) if node not in ends), *ends]
+    place = {node: index for index, node in enumerate(kept)}
+    parents = [place.get(problem.parents[node], -1) for node in kept]
+    return _regrouped(changed, moved, parents, [(node,) for node in kept], [place[node] for node in ends])
 
 
 def add_unrelated(problem: Problem, inputs: Inputs, other: Problem, other_inputs: Inputs) -> Case:

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from hydragen.testing import strategies
 from hydragen.testing.conformance.larger import larger
-from hydragen.testing.problem import DTYPES, SHARPNESS, Problem, Sharpness
+from hydragen.testing.conformance.readers import READERS, Option, as_text, reason
+from hydragen.testing.problem import SHARPNESS, Problem, Sharpness
 from hydragen.testing.strategies import GROUP_SIZES, HEAD_DIMS, Trees
 
-Option = Literal["yes", "no", "always"]
-"""Whether an option of the call is known; ``always``: the implementation knows no call without it."""
-
-_OPTIONS: dict[object, Option] = {True: "yes", False: "no", "yes": "yes", "no": "no", "always": "always"}
 _GIVEN: dict[Option, bool | None] = {"yes": None, "no": False, "always": True}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -157,22 +153,33 @@ class Capabilities:
         ValueError
             If a name is unknown or a value is not one of its kind; says where it came from.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"{source} must be a dict of capabilities, got {values!r}; for example {{'causal': False}}"
+            )
         changes = {}
         for name, value in values.items():
-            if name not in _READERS:
-                raise ValueError(f"{source}: capability must be one of {', '.join(_READERS)}, got {name!r}")
+            if name not in READERS:
+                raise ValueError(f"{source}: capability must be one of {', '.join(READERS)}, got {name!r}")
             try:
-                changes[name] = _READERS[name](value)
+                changes[name] = READERS[name](value)
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
-                    f"{source}: capability {name} cannot be {value!r}: {_reason(name, error)}"
+                    f"{source}: capability {name} cannot be {value!r}: {reason(name, error)}"
                 ) from None
         return dataclasses.replace(self, **changes)
+
+    def check(self) -> None:
+        """Raise ValueError if two of them contradict each other."""
+        if not self.gqa and self.group_sizes != GROUP_SIZES and set(self.group_sizes) != {1}:
+            raise ValueError(
+                f"group_sizes must be left out, or 1, where gqa=no, got {as_text(self.group_sizes)}"
+            )
 
     def said(self) -> dict[str, str]:
         """What differs from the default, as text that ``--capability`` takes."""
         return {
-            field.name: _text(getattr(self, field.name))
+            field.name: as_text(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
         }
@@ -181,107 +188,5 @@ class Capabilities:
 def _is_kind_of_tree(problem: Problem, trees: Trees) -> bool:
     roots = 1 if trees == "prefix" else problem.num_nodes
     parents = (*[-1] * roots, *[0] * (problem.num_nodes - roots))
-    own = list(range(1 if trees == "prefix" else 0, problem.num_nodes))
-    return trees == "any" or (problem.parents == parents and sorted(problem.row_to_node) == own)
-
-
-def parsed(settings: Sequence[str], source: str) -> dict[str, object]:
-    """``name=value`` texts as a mapping.
-
-    Raises
-    ------
-    ValueError
-        If a text has no ``=``.
-    """
-    values: dict[str, object] = {}
-    for setting in settings:
-        name, separator, value = setting.partition("=")
-        if not separator:
-            raise ValueError(f"{source}: must be name=value, got {setting!r}; for example causal=no")
-        values[name.strip()] = value.strip()
-    return values
-
-
-def _bool(value: object) -> bool:
-    known = {True: True, False: False, "yes": True, "no": False}
-    return known[value]
-
-
-def _items(value: object) -> list[Any]:
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return list(value) if isinstance(value, (tuple, list)) else [value]
-
-
-def _integers(value: object) -> tuple[int, ...]:
-    return tuple(int(item) for item in _items(value))
-
-
-def _dtypes(value: object) -> tuple[torch.dtype, ...]:
-    return tuple(item if isinstance(item, torch.dtype) else _DTYPES[item] for item in _items(value))
-
-
-def _trees(value: object) -> Trees:
-    known: dict[object, Trees] = {name: name for name in get_args(Trees)}
-    return known[value]
-
-
-def _sharpness(value: object) -> tuple[Sharpness, ...]:
-    known = {name: name for name in SHARPNESS}
-    return tuple(known[item] for item in _items(value))
-
-
-def _option(value: object) -> Option:
-    return _OPTIONS[value]
-
-
-def _device(value: object) -> str:
-    try:
-        return str(torch.device(str(value)))
-    except RuntimeError as error:
-        raise ValueError(str(error).partition("\n")[0]) from None
-
-
-def _lse(value: object) -> bool | None:
-    return None if value is None else _bool(value)
-
-
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "dtypes": _dtypes,
-    "head_dims": _integers,
-    "same_head_dim_v": _bool,
-    "gqa": _bool,
-    "group_sizes": _integers,
-    "trees": _trees,
-    "paged": _bool,
-    "strides": _bool,
-    "same_q_len": _bool,
-    "empty": _bool,
-    "poison": _bool,
-    **dict.fromkeys(("causal", "window", "softcap", "scale", "sinks"), _option),
-    "lse": _lse,
-    "repeatable": _bool,
-    "sharpness": _sharpness,
-    **dict.fromkeys(("max_kv_heads", "max_nodes", "max_rows", "max_q_len", "max_kv"), int),
-    "device": _device,
-}
-
-
-def _reason(name: str, error: Exception) -> str:
-    if not isinstance(error, KeyError):
-        return f"{error}; see its description"
-    choices = {
-        "dtypes": ", ".join(_DTYPES),
-        "trees": ", ".join(get_args(Trees)),
-        "sharpness": ", ".join(SHARPNESS),
-    }
-    options = "yes, no, always" if _READERS[name] is _option else "yes, no"
-    return f"choose from {choices.get(name, options)}"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(_text(item) for item in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value).removeprefix("torch.")
+    own = tuple(range(1 if trees == "prefix" else 0, problem.num_nodes))
+    return trees == "any" or (problem.parents == parents and problem.row_to_node == own)

@@ -18,7 +18,8 @@ What is listed fails by a result outside of its budget (AssertionError); anythin
 wrapper say, is not what is known. ``error = "RuntimeError"`` names another exception to expect. What is
 skipped is not looked at.
 
-``when`` is a Python expression of ``problem`` (`hydragen.testing.Problem`) and ``torch``.
+``when`` is a Python expression of ``problem`` (`hydragen.testing.Problem`) and ``torch``, and run as such:
+read a file of somebody else's before you use it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from hypothesis.errors import Flaky, HypothesisException
 
 from hydragen.testing.problem import Problem
+from hydragen.testing.tally import said
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Entry:
         if isinstance(failure, Flaky):
             return True  # it differs from run to run: what it was says the group
         return any(kind.__name__ == self.error for kind in type(failure).__mro__)
+
+    def unlike(self, failure: BaseException) -> str:
+        """That it fails otherwise than is listed."""
+        kind = type(failure).__name__
+        return (
+            f"not as listed, which is {self.error}, but by {kind}: {said(failure)}; if that is what is "
+            f'known, write error = "{kind}"'
+        )
+
+    def repaired(self) -> str:
+        """That it does not fail any more."""
+        return f"works now: {self.law or self.when} ({self.reason}): remove it from the known failures"
 
     def as_dict(self) -> dict[str, str]:
         """As in the file."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -12,14 +11,20 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 
-from hydragen.testing.conformance.capabilities import Capabilities, parsed
-from hydragen.testing.conformance.known import Known, read
+from hydragen.testing.conformance.options import (
+    EXAMPLES,
+    check_equals_signs,
+    check_profile,
+    check_writable,
+    choose_seed,
+    read_known,
+    subject,
+)
 from hydragen.testing.conformance.report import Report, about_run
 from hydragen.testing.conformance.smallest import smallest
-from hydragen.testing.conformance.subject import Session, Subject, adapt, load, session
+from hydragen.testing.conformance.subject import Session, session
 from hydragen.testing.tally import Tally, tallied
 
-EXAMPLES = {"dev": 15, "ci": 150, "nightly": 10_000}
 _SESSION = pytest.StashKey[Session]()
 _REPORT = pytest.StashKey[Report]()
 _TALLY = pytest.StashKey[Tally]()
@@ -66,9 +71,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what the function can do, e.g. causal=no, dtypes=float16,bfloat16, trees=prefix; repeatable",
     )
     group.addoption(
-        "--known-failures", metavar="FILE", help="TOML file of laws and problems known to fail, or to skip"
+        "--known-failures",
+        metavar="FILE",
+        help="TOML file of laws and problems known to fail, or to skip: --known-failures=FILE",
     )
-    group.addoption("--conformance-json", metavar="FILE", help="write the report there as JSON")
+    group.addoption(
+        "--conformance-json", metavar="FILE", help="write the report as JSON: --conformance-json=FILE"
+    )
     parser.addini("hydragen_implementation", "see --implementation")
     parser.addini("hydragen_capabilities", "see --capability; one a line", type="linelist")
     parser.addini("hydragen_known_failures", "see --known-failures; relative to this file")
@@ -80,60 +89,21 @@ def pytest_configure(config: pytest.Config) -> None:
     # NumPy, in which Triton's interpreter computes, warns of infinities; the judge says whether one is right.
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered:RuntimeWarning:triton")
     config.stash[_REPORT] = Report()
+    check_profile(config)
     path = config.getoption("--implementation") or config.getini("hydragen_implementation")
     try:
-        session.known = _known(config)
+        check_equals_signs(config)
+        session.known = read_known(config)
         if path:
             here = str(config.invocation_params.dir)
             if here not in sys.path:  # the module may lie in the current folder, as with `python -m pytest`
                 sys.path.insert(0, here)
-            session.subjects = [_subject(path, config)]
+            session.subjects = [subject(path, config)]
         if written := config.getoption("--conformance-json"):
-            _check_writable(config.invocation_params.dir / written)
+            check_writable(config.invocation_params.dir / written)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-    _choose_seed(config)
-
-
-def _subject(path: str, config: pytest.Config) -> Subject:
-    function = load(path)
-    can = Capabilities().changed(getattr(function, "capabilities", {}), f"{path}.capabilities")
-    for settings_, source in (
-        (config.getini("hydragen_capabilities"), "hydragen_capabilities"),
-        (config.getoption("--capability"), "--capability"),
-    ):
-        can = can.changed(parsed(settings_, source), source)
-    try:
-        can.problems()
-    except ValueError as error:  # a size of 0, or nothing to choose from
-        raise ValueError(f"capabilities of {path}: {error}") from None
-    return Subject(path, adapt(function, can), can)
-
-
-def _known(config: pytest.Config) -> Known:
-    if given := config.getoption("--known-failures"):
-        return read(config.invocation_params.dir / given)
-    if said := config.getini("hydragen_known_failures"):
-        base = config.inipath.parent if config.inipath else Path()
-        return read(base / said)
-    return Known()
-
-
-def _check_writable(path: Path) -> None:
-    """Raise ValueError now, and not when all is done, if a report cannot be written there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"--conformance-json must be a file that can be written: {error}") from None
-
-
-def _choose_seed(config: pytest.Config) -> None:
-    """Where examples are random, settle the seed here, so that the header can say how to repeat the run."""
-    profile = config.getoption("--hypothesis-profile", default=None)
-    random_examples = not (settings.get_profile(profile) if profile else settings()).derandomize
-    if random_examples and getattr(config.option, "hypothesis_seed", None) is None:
-        config.option.hypothesis_seed = random.randrange(10**9)
+    choose_seed(config)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -190,6 +160,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         entry = session.known.law(_law(item))
         can = session.capabilities
         lacking = [name for name, wanted in needs.kwargs.items() if getattr(can, name) not in wanted]
+        if lacking and entry is not None and entry.fails:
+            raise pytest.UsageError(
+                f"known failures: {entry.law} is not tested (not a capability: {', '.join(lacking)}), so "
+                "nobody can say whether it still fails; remove the entry, or what leaves the law out"
+            )
         if lacking:
             item.add_marker(pytest.mark.skip(reason=f"not a capability: {', '.join(lacking)}"))
         elif entry is not None and entry.fails:
@@ -240,15 +215,21 @@ def pytest_runtest_makereport(
         return report
     entry = session.known.law(_law(item))
     error = None if call.excinfo is None else call.excinfo.value
+    why = ""
     if error and entry and hasattr(report, "wasxfail") and not entry.expects(error):
-        # it fails, but not as listed
         report.outcome, report.longrepr = "failed", item.repr_failure(call.excinfo)  # type: ignore[arg-type]
         del report.wasxfail
+        why = entry.unlike(error)
+    elif entry and entry.fails and error is None and report.outcome == "failed" and call.when == "call":
+        why = entry.repaired()
+    listed = getattr(item, "callspec", None) and item.callspec.params.get("known_failure")  # type: ignore[attr-defined]
+    if listed and error:
+        why = str(error) if isinstance(error, pytest.fail.Exception) else listed.unlike(error)
     tally = item.stash.get(_TALLY, Tally())
-    seen: dict[str, Any] = {"law": _law(item), "name": _name(item), **tally.as_dict()}
-    if call.excinfo is not None and not isinstance(call.excinfo.value, pytest.fail.Exception):
+    seen: dict[str, Any] = {"law": _law(item), "name": _name(item), "reason": why, **tally.as_dict()}
+    if error is not None and not isinstance(error, pytest.fail.Exception):
         implementation = item.callspec.params["implementation"]  # type: ignore[attr-defined]  # it is a function
-        seen |= smallest(implementation, tally, call.excinfo.value)
+        seen |= smallest(implementation, tally, error)
     report.conformance = seen  # type: ignore[attr-defined]  # plain values: xdist carries them along
     if call.when == "call":  # for JUnit, which takes them from the item when it ends
         item.user_properties.append(("cases", tally.cases))

@@ -78,7 +78,7 @@ class Report:
         outcome = {"passed": HELD, "failed": FAILED, "skipped": SKIPPED if xfail is None else KNOWN}
         if seen["law"] == STILL_FAILS:
             outcome["passed"] = KNOWN
-        reason = xfail or ""
+        reason = xfail or seen.get("reason", "")
         if report.outcome == "skipped" and xfail is None and isinstance(report.longrepr, tuple):
             reason = str(report.longrepr[2]).removeprefix("Skipped: ")
         self.laws[report.nodeid] = Law(
@@ -134,7 +134,8 @@ class Report:
             lines.append(f"{'known to fail' if entry.fails else 'skipped'}: {about} ({entry.reason})")
         failed = [law for law in self.laws.values() if law.outcome == FAILED and law.where]
         for law in failed:
-            lines += ["", f"smallest failing case of {law.name}: {law.where}"]
+            shrunk = "failing" if law.law == STILL_FAILS else "smallest failing"
+            lines += ["", f"{shrunk} case of {law.name}: {law.where}"]
             lines += [f"  {text}" for text in (law.problem, law.call) if text]
         if any(law.call for law in failed):
             lines += ["", *_to_repeat()]
@@ -144,7 +145,9 @@ class Report:
         """Write all of it as JSON."""
         total = self.total()
         content = {
-            **about_run(session, config),
+            **{name: value for name, value in about_run(session, config).items() if name != "known failures"},
+            "profile": settings.get_current_profile_name(),
+            "seed": None if settings().derandomize else getattr(config.option, "hypothesis_seed", None),
             "counts": {name: self.count(outcome) for name, outcome in COUNTED.items()},
             **{name: getattr(total, name) for name in COUNTS},
             "worst_over_budget": total.as_dict()["worst"],

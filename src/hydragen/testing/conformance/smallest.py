@@ -11,7 +11,7 @@ from hydragen.testing.conformance.subject import session
 from hydragen.testing.judge import Implementation
 from hydragen.testing.problem import Problem
 from hydragen.testing.shrink import shrink
-from hydragen.testing.tally import Tally, tallied
+from hydragen.testing.tally import Tally, said, tallied
 
 
 def smallest(implementation: Implementation, tally: Tally, error: BaseException) -> dict[str, str]:
@@ -20,7 +20,7 @@ def smallest(implementation: Implementation, tally: Tally, error: BaseException)
     Parameters
     ----------
     tally : Tally
-        Of the law; its last problem is the case, None if none was run.
+        Of the law; what failed last is the case, None if none was run.
     error : exception
         That ended it.
 
@@ -47,19 +47,15 @@ def smallest(implementation: Implementation, tally: Tally, error: BaseException)
             try:
                 laws.matches_oracle(implementation, problem)
             except AssertionError as failure:
-                return seen.where or _said(failure)
+                return seen.where or said(failure)
             except (Exception, SystemExit):  # noqa: BLE001 - another failure, or a problem that the function refuses
                 return ""
         return ""
 
-    last, where, call = tally.last, tally.where or _said(error), tally.call
+    last, where, call = tally.failed or (tally.last, tally.where or said(error), tally.call)
     if last is None:
         return {"problem": "", "where": where, "call": ""}
     if wrong(last):
         last = shrink(last, lambda problem: wrong(problem) != "", max_runs=200)
         where, call = wrong(last), f"laws.matches_oracle(fn, {last!r})"
     return {"problem": repr(last), "where": where, "call": call}
-
-
-def _said(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or f"{type(error).__name__} without a message"
