@@ -38,6 +38,25 @@ def leaves(problem, inputs):
 def ends(problem, inputs):
     raise SystemExit(0)
 
+def skips(problem, inputs):
+    import unittest
+    raise unittest.SkipTest("not today")
+
+def rejects(problem, inputs):
+    import hypothesis
+    hypothesis.reject()
+
+def breaks(problem, inputs):
+    class Own(BaseException):
+        pass
+    raise Own("away")
+
+class Liar(torch.Tensor):
+    pass
+
+def lies(problem, inputs):
+    return attention(problem, inputs)[0].as_subclass(Liar)
+
 def sparse(problem, inputs):
     return attention(problem, inputs)[0].to_sparse()
 
@@ -176,6 +195,10 @@ def test_three_results_are_refused_and_a_silent_assertion_is_named(home):
     [
         ("leaves", "the implementation ended the process: Exit('done')"),
         ("ends", "the implementation ended the process: SystemExit(0)"),
+        ("skips", "the implementation raised SkipTest, which skips a test: raise NotImplementedError"),
+        ("rejects", "the implementation called Hypothesis's reject or assume: raise NotImplementedError"),
+        ("breaks", "which is no Exception"),
+        ("lies", "an implementation must return plain tensors, got Liar for out"),
         ("sparse", "an implementation must return dense tensors, got the layout torch.sparse_coo for out"),
         ("without_data", "an implementation must return dense tensors, got no data (meta) for out"),
     ],
@@ -301,3 +324,11 @@ def test_scale_names_what_is_wrong_and_how_much_was_tried(home):
     assert found["configurations_tried"] == 2
     for failure in found["first_failures"]:
         assert not failure["reproduce"] or failure["reproduce"].startswith("laws.")
+
+
+def test_a_run_in_which_nothing_was_tested_is_not_green(home):
+    known = '[[skips]]\nlaw = "two_runs_give_the_same_bits"\nreason = "slow"\n'
+    done, found = suite(home, "capped", "-k", "two_runs", known=known)
+    assert done.returncode == 5, done.stdout
+    assert "nothing was tested" in done.stdout
+    assert found["counts"] == {"held": 0, "FAILED": 0, "known to fail": 0, "not tested": 1}

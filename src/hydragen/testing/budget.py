@@ -229,10 +229,9 @@ def dense_attention(problem: Problem, row: Row) -> tuple[Tensor, Tensor, float]:
     """
     wide = _wide(problem)
     q, k, v = row.q.to(wide), row.k.to(wide), row.v.to(wide)
-    magnitudes = (
-        q.abs() @ k.abs().transpose(1, 2) * abs(problem.logit_scale)
-    )  # [num_q_heads, q_len, path_len]
-    logits = q @ k.transpose(1, 2) * problem.logit_scale
+    # [num_q_heads, q_len, path_len]
+    magnitudes = _product(q.abs(), k.abs().transpose(1, 2)) * abs(problem.logit_scale)
+    logits = _product(q, k.transpose(1, 2)) * problem.logit_scale
     if problem.softcap is not None:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
     logits = logits.masked_fill(~row.visible, -math.inf)
@@ -244,8 +243,15 @@ def dense_attention(problem: Problem, row: Row) -> tuple[Tensor, Tensor, float]:
     weights = torch.softmax(logits, -1).masked_fill(
         (lse == -math.inf)[..., None], 0.0
     )  # nothing visible: not NaN
-    out = (weights @ v).to(problem.dtype)
+    out = _product(weights, v).to(problem.dtype)
     return out.transpose(0, 1), lse.transpose(0, 1), largest(magnitudes[:, row.visible])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product, by NumPy: PyTorch's may be of TF32 or bfloat16 if whoever is judged has said so
+    (``torch.set_float32_matmul_precision``), and the budget would grow with it.
+    """
+    return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
 
 
 def errors(got: Tensor, expected: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hydragen.testing.pages import Pages
+from hydragen.testing.pages import Pages, copied
 from hydragen.testing.problem import Problem
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Inputs:
         wanted = torch.device(device)
         if self.q.device.type == wanted.type and wanted.index in (None, self.q.device.index):
             return self
-        q, k, v = (_copy(tensor, device) for tensor in (self.q, self.k, self.v))
+        q, k, v = (copied(tensor, device) for tensor in (self.q, self.k, self.v))
         sinks = None if self.sinks is None else self.sinks.to(device)
         pages = None if self.pages is None else self.pages.to(device)
         return replace(self, q=q, k=k, v=v, sinks=sinks, pages=pages)
@@ -82,7 +82,7 @@ class Inputs:
     def clone(self) -> Inputs:
         """A copy that shares no memory; strides are kept, gaps between elements are NaN."""
         sinks = None if self.sinks is None else self.sinks.clone()
-        q, k, v = (_copy(tensor, tensor.device) for tensor in (self.q, self.k, self.v))
+        q, k, v = (copied(tensor, tensor.device) for tensor in (self.q, self.k, self.v))
         pages = None if self.pages is None else self.pages.clone()
         return Inputs(q, k, v, self.cu_seqlens_q.clone(), self.cu_seqlens_k.clone(), sinks, pages)
 
@@ -92,16 +92,6 @@ class Inputs:
 
         q, k, v = (restride(tensor, memory) for tensor in (self.q, self.k, self.v))
         return replace(self, q=q, k=k, v=v)
-
-
-def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The same values with the same strides from the same place of a memory that is NaN elsewhere."""
-    offset = tensor.storage_offset()
-    if tensor.is_contiguous() and offset == 0:
-        return tensor.to(device, copy=True)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    storage = torch.full((offset + max(extent, 0),), math.nan, dtype=tensor.dtype, device=device)
-    return storage.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
 
 
 def whole_memory(tensor: Tensor) -> Tensor:

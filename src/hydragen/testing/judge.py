@@ -70,6 +70,12 @@ def run_in_place(
                 "an implementation must return out or (out, lse) as tensors, "
                 f"got {type(value).__name__} for {name}"
             )
+        if isinstance(value, Tensor) and type(value) not in (Tensor, torch.nn.Parameter):
+            # what it says of itself is not for the judge to believe
+            raise TypeError(
+                f"an implementation must return plain tensors, got {type(value).__name__} for {name}; "
+                "call .as_subclass(torch.Tensor)"
+            )
         if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
             what = "no data (meta)" if value.is_meta else f"the layout {value.layout}"
             raise TypeError(f"an implementation must return dense tensors, got {what} for {name}")

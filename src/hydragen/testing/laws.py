@@ -16,11 +16,33 @@ from torch import Tensor
 from hydragen.testing import transforms
 from hydragen.testing.budget import errors
 from hydragen.testing.judge import Implementation, assert_within_budget, budget, oracle, run
-from hydragen.testing.pages import in_pages
+from hydragen.testing.memory_laws import (
+    equal_heads_may_lie_in_one_place,
+    paging_changes_nothing,
+    strides_change_nothing,
+)
 from hydragen.testing.problem import Problem
 from hydragen.testing.tally import saw_result, told
-from hydragen.testing.transforms import Case
-from hydragen.testing.views import Memory
+from hydragen.testing.unchanged import expect_unchanged
+
+__all__ = [
+    "companion",
+    "copies_change_nothing",
+    "cutting_changes_nothing",
+    "empty_segments_change_nothing",
+    "equal_heads_may_lie_in_one_place",
+    "flattening_changes_nothing",
+    "matches_oracle",
+    "out_is_linear_in_v",
+    "paging_changes_nothing",
+    "permuting_rows_permutes_results",
+    "runs_give_the_same_bits",
+    "shifting_keys_shifts_lse",
+    "strides_change_nothing",
+    "unrelated_rows_change_no_bits",
+    "unrelated_rows_change_nothing",
+    "unsharing_changes_nothing",
+]
 
 
 @told
@@ -35,7 +57,7 @@ def cutting_changes_nothing(implementation: Implementation, problem: Problem, no
     """A segment may be cut in two anywhere, at its ends as well."""
     __tracebackhide__ = True
     case = transforms.cut(problem, problem.tensors(), node, at)
-    _expect_unchanged(implementation, problem, case, f"node {node} cut after {at} tokens changes nothing")
+    expect_unchanged(implementation, problem, case, f"node {node} cut after {at} tokens changes nothing")
 
 
 @told
@@ -44,9 +66,9 @@ def empty_segments_change_nothing(implementation: Implementation, problem: Probl
     __tracebackhide__ = True
     inputs = problem.tensors()
     below = transforms.splice_empty(problem, inputs, node)
-    _expect_unchanged(implementation, problem, below, f"an empty segment under node {node} changes nothing")
+    expect_unchanged(implementation, problem, below, f"an empty segment under node {node} changes nothing")
     above = transforms.add_empty_root(problem, inputs)
-    _expect_unchanged(implementation, problem, above, "an empty segment above all nodes changes nothing")
+    expect_unchanged(implementation, problem, above, "an empty segment above all nodes changes nothing")
 
 
 @told
@@ -54,7 +76,7 @@ def unsharing_changes_nothing(implementation: Implementation, problem: Problem, 
     """Copying a segment into everything below it changes nothing."""
     __tracebackhide__ = True
     case = transforms.unshare(problem, problem.tensors(), node)
-    _expect_unchanged(
+    expect_unchanged(
         implementation, problem, case, f"node {node} copied into everything below changes nothing"
     )
 
@@ -64,7 +86,7 @@ def flattening_changes_nothing(implementation: Implementation, problem: Problem)
     """A tree gives the same as its rows without any sharing."""
     __tracebackhide__ = True
     case = transforms.flatten(problem, problem.tensors())
-    _expect_unchanged(implementation, problem, case, "the tree equals its flattening")
+    expect_unchanged(implementation, problem, case, "the tree equals its flattening")
 
 
 @told
@@ -78,7 +100,7 @@ def permuting_rows_permutes_results(
     __tracebackhide__ = True
     case = transforms.permute_rows(problem, problem.tensors(), order, nodes_along=nodes_along)
     places = torch.argsort(transforms.query_tokens(problem, order))
-    _expect_unchanged(
+    expect_unchanged(
         implementation, problem, case, f"rows in the order {tuple(order)} give results in that order", places
     )
 
@@ -89,7 +111,8 @@ def unrelated_rows_change_nothing(
 ) -> None:
     """Other sequences in the batch change nothing; ``other`` lends them its tree, lengths and seed.
 
-    With `poison` segments of theirs that no row attends to hold NaN.
+    With `poison` segments of theirs that no row attends to hold NaN, and so does one that nobody attends to
+    behind all others: what is read beyond the last key of a row is not always harmless.
     """
     __tracebackhide__ = True
     other = companion(problem, other)
@@ -97,8 +120,10 @@ def unrelated_rows_change_nothing(
     if poison:
         theirs = transforms.poison_unattended(other, theirs)
     case = transforms.add_unrelated(problem, problem.tensors(), other, theirs)
+    if poison:
+        case = transforms.append_poison(*case)
     mine = slice(other.total_q, None)
-    _expect_unchanged(implementation, problem, case, f"unrelated rows change nothing: {other!r}", mine)
+    expect_unchanged(implementation, problem, case, f"unrelated rows change nothing: {other!r}", mine)
 
 
 @told
@@ -148,30 +173,6 @@ def companion(problem: Problem, other: Problem) -> Problem:
     )
     capped = problem.softcap is not None or problem.scale == 0
     return changed if capped else replace(changed, sharpness=other.sharpness)
-
-
-@told
-def strides_change_nothing(
-    implementation: Implementation, problem: Problem, memory: Memory, v_memory: Memory | None = None
-) -> None:
-    """Tensors may lie in memory in any way, and values in another way than queries and keys."""
-    __tracebackhide__ = True
-    v_memory = v_memory or memory
-    inputs = problem.tensors()
-    v = inputs.with_memory(v_memory).v
-    case = (problem, replace(inputs.with_memory(memory), v=v))
-    law = f"{memory} queries and keys with {v_memory} values change nothing"
-    _expect_unchanged(implementation, problem, case, law)
-
-
-@told
-def paging_changes_nothing(
-    implementation: Implementation, problem: Problem, page_size: int, seed: int = 0
-) -> None:
-    """Pages of any size in any order may hold keys and values; for who reads ``inputs.pages``."""
-    __tracebackhide__ = True
-    case = (problem, in_pages(problem, problem.tensors(), page_size, seed))
-    _expect_unchanged(implementation, problem, case, f"pages of {page_size} tokens change nothing")
 
 
 @told
@@ -255,21 +256,6 @@ def unrelated_rows_change_no_bits(implementation: Implementation, problem: Probl
     for name, one, both in zip(("out", "lse"), alone, together, strict=True):
         mine = None if both is None else both[other.total_q :]
         _assert_same_bits(name, one, mine, f"unrelated rows change no bits: {other!r}\n  {problem!r}")
-
-
-def _expect_unchanged(
-    implementation: Implementation,
-    problem: Problem,
-    case: Case,
-    law: str,
-    places: Tensor | slice | None = None,
-) -> None:
-    """Compare a changed problem's result, at the old queries' ``places``, with the unchanged one's oracle."""
-    __tracebackhide__ = True
-    out, lse = run(implementation, *case)
-    if places is not None:
-        out, lse = out[places], None if lse is None else lse[places]
-    assert_within_budget(problem, out, lse, law=f"{law}\n  changed   {case[0]!r}")
 
 
 def _assert_same_bits(name: str, one: Tensor | None, other: Tensor | None, law: str) -> None:

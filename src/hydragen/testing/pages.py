@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from hydragen.testing.inputs import Inputs
     from hydragen.testing.problem import Problem
 
-PAGE_SIZES = (1, 2, 3, 16, 64)
+PAGE_SIZES = (1, 2, 3, 16, 64, 128)
+
+Pool = Literal["apart", "together", "heads_first"]
+"""Where a pool lies: keys and values each in a tensor; in one tensor, ``[num_pages, 2, ...]``; heads before
+tokens, ``[num_pages, num_kv_heads, page_size, head_dim]``."""
+
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +54,13 @@ class Pages:
 
     def to(self, device: torch.device | str) -> Pages:
         """The same with the pool on a device; the tables stay on the CPU."""
-        return replace(self, k_cache=self.k_cache.to(device), v_cache=self.v_cache.to(device))
+        return replace(self, k_cache=copied(self.k_cache, device), v_cache=copied(self.v_cache, device))
 
     def clone(self) -> Pages:
-        """A copy that shares no memory."""
+        """A copy with the same strides that shares no memory."""
         return Pages(
-            self.k_cache.clone(),
-            self.v_cache.clone(),
+            copied(self.k_cache, self.k_cache.device),
+            copied(self.v_cache, self.v_cache.device),
             self.page_indptr.clone(),
             self.page_indices.clone(),
             self.kv_lens,
@@ -106,9 +112,39 @@ def paged(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0, spare
     )
 
 
-def in_pages(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0) -> Inputs:
+def in_pages(problem: Problem, inputs: Inputs, page_size: int, seed: int = 0, pool: Pool = "apart") -> Inputs:
     """The same inputs with keys and values in ``pages`` alone: ``k`` and ``v`` are NaN."""
-    pages = paged(problem, inputs, page_size, seed)
+    pages = _laid_out(paged(problem, inputs, page_size, seed), pool)
     nothing = (torch.full_like(tensor, math.nan) for tensor in (inputs.k, inputs.v))
     k, v = nothing
     return replace(inputs, k=k, v=v, pages=pages)
+
+
+def _laid_out(pages: Pages, pool: Pool) -> Pages:
+    """The same pages in another pool."""
+    k, v = pages.k_cache, pages.v_cache
+    if pool == "apart":
+        return pages
+    if pool == "heads_first":
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+        return replace(pages, k_cache=k, v_cache=v)
+    if pool == "together":
+        width = max(k.shape[-1], v.shape[-1])
+        both = k.new_full((k.shape[0], 2, *k.shape[1:-1], width), math.nan)
+        both[:, 0, ..., : k.shape[-1]], both[:, 1, ..., : v.shape[-1]] = k, v
+        return replace(pages, k_cache=both[:, 0, ..., : k.shape[-1]], v_cache=both[:, 1, ..., : v.shape[-1]])
+    raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+
+
+def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The same values with the same strides from the same place of a memory that is NaN elsewhere."""
+    offset = tensor.storage_offset()
+    if tensor.is_contiguous() and offset == 0:
+        return tensor.to(device, copy=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = torch.full((offset + max(extent, 0),), math.nan, dtype=tensor.dtype, device=device)
+    target = storage.as_strided(tensor.shape, tensor.stride(), offset)
+    # what lies in one place is written once
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    target[once].copy_(tensor[once])
+    return target

@@ -22,12 +22,12 @@ _T = TypeVar("_T")
 Trees = Literal["any", "prefix", "none"]
 """Any forest; one prefix under which each row has a segment of its own; rows that share nothing."""
 
-GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
 HEAD_DIMS = (1, 2, 3, 5, 8, 16, 31, 32, 33, 64, 80, 96, 128, 129, 192, 256)
 TILE_SIZES = (16, 32, 64, 128)
-WINDOWS = (1, 2, 3, 15, 16, 17, 63, 64, 65)
-SOFTCAPS = (1.0, 5.0, 50.0)
-SCALES = (1.0, -0.5, 0.0)
+WINDOWS = (1, 2, 3, 15, 16, 17, 33, 63, 64, 65, 100, 128)
+SOFTCAPS = (1.0, 0.7, 2.5, 30.0, 50.0)
+SCALES = (1.0, 0.1147, -0.5, 0.0)
 # Reduced modulo the number of choices: lists lose items and numbers shrink without regard to one another.
 _codes = st.integers(0, 10**6)
 

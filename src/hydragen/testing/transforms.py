@@ -148,6 +148,13 @@ def poison_unattended(problem: Problem, inputs: Inputs) -> Inputs:
     return replace(inputs, k=k, v=v)
 
 
+def append_poison(problem: Problem, inputs: Inputs, tokens: int = 20) -> Case:
+    """One more root behind all nodes, of NaN, that no row attends to."""
+    changed = replace(problem, parents=(*problem.parents, -1), kv_lens=(*problem.kv_lens, tokens))
+    k, v = (torch.cat([x, x.new_full((tokens, *x.shape[1:]), math.nan)]) for x in (inputs.k, inputs.v))
+    return changed, replace(inputs, k=k, v=v, cu_seqlens_k=offsets(changed.kv_lens))
+
+
 def repeat(problem: Problem, inputs: Inputs, copies: int, *, shared: bool) -> Case:
     """So many copies of all rows: below the same segments, or each with a copy of the whole tree."""
     if copies < 1:

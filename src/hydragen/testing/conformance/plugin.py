@@ -265,6 +265,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    path = config.getoption("--conformance-json")
-    if path and not hasattr(config, "workerinput"):  # only the process that all others report to
+    if hasattr(config, "workerinput"):  # only the process that all others report to
+        return
+    if path := config.getoption("--conformance-json"):
         config.stash[_REPORT].write(Path(config.invocation_params.dir) / path, config)
+    if config.stash[_REPORT].tested_nothing() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

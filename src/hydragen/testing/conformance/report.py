@@ -103,6 +103,10 @@ class Report:
         """Laws with this outcome."""
         return sum(law.outcome == outcome for law in self.laws.values())
 
+    def tested_nothing(self) -> bool:
+        """Whether all laws that were asked for were left out."""
+        return bool(self.laws) and self.count(SKIPPED) == len(self.laws)
+
     def lines(self) -> list[str]:
         """The table, and the smallest failing cases."""
         dtypes = sorted({dtype for law in self.laws.values() for dtype in law.tally.worst})
@@ -122,6 +126,8 @@ class Report:
             f"{self.count(SKIPPED)} not tested; {total.cases:,} cases held"
             + "".join(f", {dtype} at most {_ratio(total, dtype)}" for dtype in sorted(total.worst))
         )
+        if self.tested_nothing():
+            lines.append("nothing was tested: the run counts as one without tests (exit status 5)")
         if total.refused:
             lines.append(f"{total.refused:,} problems were refused by the function (NotImplementedError)")
         if total.without_lse and session.capabilities.lse is not False:

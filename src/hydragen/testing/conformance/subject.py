@@ -7,11 +7,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
+from unittest import SkipTest
 
 import pytest
 import torch
 from hypothesis import currently_in_test_context, reject
 from hypothesis import strategies as st
+from hypothesis.errors import UnsatisfiedAssumption
 from torch import Tensor
 
 from hydragen.testing.conformance.capabilities import Capabilities
@@ -135,17 +137,28 @@ def adapt(function: Callable[..., Any], capabilities: Capabilities) -> Implement
                 raise
             saw_refusal(str(error))
             reject()
+        except UnsatisfiedAssumption as error:
+            # Hypothesis would leave the example out without a word
+            raise AssertionError(
+                "the implementation called Hypothesis's reject or assume: raise NotImplementedError for what "
+                "it cannot do"
+            ) from error
         except (pytest.exit.Exception, SystemExit) as error:
             if not currently_in_test_context():  # somebody ends a run of scale.py from outside
                 raise
             # it would end the whole run, with whatever status it likes
             raise AssertionError(f"the implementation ended the process: {error!r}") from error
-        except (pytest.skip.Exception, pytest.xfail.Exception) as error:
+        except (pytest.skip.Exception, pytest.xfail.Exception, SkipTest) as error:
             # it would end the whole law, and pass for one that was never tried
             raise AssertionError(
-                f"the implementation called pytest's {type(error).__name__.lower()}: raise "
+                f"the implementation raised {type(error).__name__}, which skips a test: raise "
                 "NotImplementedError for what it cannot do; --known-failures lists what it gets wrong"
             ) from error
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            # pytest and Hypothesis take some of these for words of their own
+            raise AssertionError(f"the implementation raised {error!r}, which is no Exception") from error
         if there is not inputs:  # a copy: the caller cannot see what became of it
             assert_unmodified(problem, inputs, there.to(inputs.q.device))
         returned: tuple[Any, ...] = tuple(result) if isinstance(result, (tuple, list)) else (result,)

@@ -6,20 +6,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from hydragen.testing import Implementation, Problem, laws
 from hydragen.testing.conformance.capabilities import Capabilities
-from hydragen.testing.conformance.corners import corners
+from hydragen.testing.conformance.corners import parts
 from hydragen.testing.conformance.known import Entry
 from hydragen.testing.conformance.subject import large_problems, problems, session
-from hydragen.testing.pages import PAGE_SIZES
+from hydragen.testing.pages import PAGE_SIZES, POOLS, Pool
+from hydragen.testing.tally import saw_refusal
 from hydragen.testing.views import MEMORY, Memory
 
 codes = st.integers(0, 10**6)  # reduced modulo the number of choices
@@ -31,27 +33,46 @@ def test_out_and_lse_match_the_oracle(implementation: Implementation, problem: P
     laws.matches_oracle(implementation, problem)
 
 
+@contextmanager
+def refusals_counted() -> Iterator[None]:
+    """What the function would not do is left out, as where problems are drawn."""
+    try:
+        yield
+    except NotImplementedError as error:
+        saw_refusal(str(error))
+
+
 fewer = settings(max_examples=max(5, settings().max_examples // 3))  # of what takes longer
 
 
-def every_corner(test: Callable[..., None]) -> Callable[..., None]:
-    """Try `corners` before what is drawn; a few of them only where few examples are asked for.
-
-    Every seventh: dtypes and modes, of which there are two and three, take turns there as well.
-    """
-    chosen = corners(session.capabilities)[:: 1 if settings().max_examples >= 100 else 7]
-    for problem in chosen:
-        if session.known.allows(problem):
-            test = example(problem=problem)(test)
-    return test
-
-
 @pytest.mark.needs
-@every_corner
 @fewer
 @given(large_problems())
 def test_large_problems_match_the_oracle(implementation: Implementation, problem: Problem) -> None:
     laws.matches_oracle(implementation, problem)
+
+
+CORNERS = {
+    name: [problem for problem in part if session.known.allows(problem)]
+    for name, part in parts(session.capabilities, 1 if settings().max_examples >= 100 else 7).items()
+}
+
+
+@pytest.mark.needs
+@pytest.mark.parametrize("part", CORNERS.values(), ids=CORNERS)
+def test_corners_match_the_oracle(implementation: Implementation, part: list[Problem]) -> None:
+    for problem in part:
+        with refusals_counted():
+            laws.matches_oracle(implementation, problem)
+
+
+@pytest.mark.needs(paged=[True])
+@pytest.mark.parametrize("part", CORNERS.values(), ids=CORNERS)
+def test_corners_match_the_oracle_in_pages(implementation: Implementation, part: list[Problem]) -> None:
+    for number, problem in enumerate(part[::4]):
+        page_size, pool = PAGE_SIZES[number % len(PAGE_SIZES)], POOLS[number % len(POOLS)]
+        with refusals_counted():
+            laws.paging_changes_nothing(implementation, problem, page_size, number, pool)
 
 
 @pytest.mark.needs(trees=["any", "none"])
@@ -110,24 +131,42 @@ def test_unrelated_rows_change_nothing(
 ) -> None:
     if session.capabilities.same_q_len:
         other = replace(other, q_lens=problem.q_lens[:1] * other.num_rows)
-    poison = session.capabilities.poison
+    can = session.capabilities
+    poison = can.poison and can.trees == "any"  # otherwise somebody attends to every segment
     laws.unrelated_rows_change_nothing(implementation, problem, other, poison=poison)
 
 
+memories = st.sampled_from(MEMORY)
+
+
 @pytest.mark.needs(strides=[True])
-@given(problems(), st.sampled_from(MEMORY), st.sampled_from(MEMORY))
+@given(problems(), memories, memories, memories)
 def test_strides_change_nothing(
-    implementation: Implementation, problem: Problem, memory: Memory, v_memory: Memory
+    implementation: Implementation, problem: Problem, memory: Memory, v_memory: Memory, k_memory: Memory
 ) -> None:
-    laws.strides_change_nothing(implementation, problem, memory, v_memory)
+    laws.strides_change_nothing(implementation, problem, memory, v_memory, k_memory)
+
+
+if session.capabilities.max_kv_heads > 1:
+
+    @pytest.mark.needs(strides=[True])
+    @fewer
+    @given(problems(), st.integers(2, session.capabilities.max_kv_heads))
+    def test_equal_heads_may_lie_in_one_place(
+        implementation: Implementation, problem: Problem, heads: int
+    ) -> None:
+        problem = replace(problem, num_kv_heads=heads, num_q_heads=heads * problem.group_size)
+        laws.equal_heads_may_lie_in_one_place(implementation, problem)
 
 
 @pytest.mark.needs(paged=[True])
-@given(problems(), st.sampled_from(PAGE_SIZES), codes)
+@given(problems(), st.sampled_from(PAGE_SIZES), codes, st.sampled_from(POOLS), memories)
 def test_paging_changes_nothing(
-    implementation: Implementation, problem: Problem, page_size: int, seed: int
+    implementation: Implementation, problem: Problem, page_size: int, seed: int, pool: Pool, memory: Memory
 ) -> None:
-    laws.paging_changes_nothing(implementation, problem, page_size, seed)
+    if not session.capabilities.strides:
+        pool, memory = POOLS[0], MEMORY[0]
+    laws.paging_changes_nothing(implementation, problem, page_size, seed, pool, memory)
 
 
 @pytest.mark.needs(softcap=["yes", "no"], sinks=["yes", "no"])
