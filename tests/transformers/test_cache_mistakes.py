@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,14 @@ def test_models_are_refused_with_the_reason(ours: PreTrainedModel) -> None:
     )
     with pytest.raises(ValueError, match="chunked_attention"):
         PrefixCache(chunked)
+
+
+def test_layers_in_other_processes_are_refused(
+    ours: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours.config, "distributed_config", SimpleNamespace(pp_size=2), raising=False)
+    with pytest.raises(ValueError, match="model must have all its layers in every process, got pp_size=2"):
+        PrefixCache(ours)
 
 
 def test_attention_weights_and_dropout_are_refused(ours: PreTrainedModel) -> None:
