@@ -21,6 +21,7 @@ from hydragen.validation.queries import (
     Rows,
     as_max,
     check_device_offsets,
+    check_num_queries,
     check_offset_values,
     check_offsets,
     equal_rows,
@@ -104,6 +105,7 @@ def _check_rows(
                     f"{name} must come with cu_seqlens_q, got {shown(value)} alone; leave it out"
                 )
         count = as_positive_int(1 if q_len is None else q_len, "q_len")
+        check_num_queries(num_rows, count, "q_len")
         return equal_rows(num_rows, count), (num_rows, count)
     if q_len is not None:
         raise ValueError(
@@ -119,6 +121,7 @@ def _check_rows(
     cu = check_offsets(cu_seqlens_q, "cu_seqlens_q")
     lens = np.diff(cu)
     _check_count(lens, num_rows)
+    check_num_queries(1, int(cu[-1]), "cu_seqlens_q")
     longest = int(lens.max(initial=0))
     if max_seqlen_q is not None and as_max(max_seqlen_q) < longest:
         raise ValueError(
