@@ -68,7 +68,7 @@ def as_int_vector(value: object, name: str) -> IntArray:
         _check_no_bool(value, name)
     elif isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise ValueError(
-            f"{name} must hold an integer in every entry, got {np.ma.count_masked(value)} masked ones of "
+            f"{name} must hold an integer in every entry, got {value.size - value.count()} masked ones of "
             f"{value.size}; fill them with .filled(0), or leave them out with .compressed()"
         )
     return array.astype(np.int64, copy=False)
