@@ -60,20 +60,8 @@ def test_a_wrong_type_is_named(change):
 INTEGERS = ("num_q_heads", "num_kv_heads", "head_dim", "head_dim_v", "window", "seed")
 NUMBERS, FLAGS, CHOICES = ("softcap", "scale"), ("causal", "sinks"), ("dtype", "sharpness")
 META = torch.tensor(1, device="meta")
-ODD = [
-    "x",
-    b"x",
-    [1],
-    (1, 2),
-    {},
-    object(),
-    1j,
-    META,
-    torch.tensor(2),
-    np.array([1, 2]),
-    np.bool_(True),
-    float,
-]
+TENSORS = [META, torch.tensor(2), np.array([1, 2]), np.bool_(True)]
+ODD = ["x", b"x", [1], (1, 2, 3, 4), {}, object(), 1j, float, *TENSORS]
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Problem)])
@@ -87,7 +75,7 @@ def test_what_is_none_of_its_kind_is_named(name, odd):
         **dict.fromkeys(FLAGS, " must be True or False, got "),
         **dict.fromkeys(CHOICES, " must be one of "),
     }
-    # a vector of integers, but too few
+    # a vector of integers, but too few or too many
     error = ValueError if isinstance(odd, (list, tuple)) and name not in kinds else TypeError
     with pytest.raises(error, match=f"^(kv_lens|q_lens|{name}){kinds.get(name, ' must ')}"):
         Problem(**{**GOOD, name: odd})
@@ -96,9 +84,7 @@ def test_what_is_none_of_its_kind_is_named(name, odd):
 @pytest.mark.parametrize("name", [*INTEGERS, *FLAGS])
 @pytest.mark.parametrize("odd", [2.5, 2.0, float("nan"), float("inf")])
 def test_floats_are_named_where_they_are_wrong(name, odd):
-    with pytest.raises(
-        TypeError, match=f"^{name} must be (an integer|True or False), got {odd} of type float"
-    ):
+    with pytest.raises(TypeError, match=f"^{name} must be .*, got {odd} of type float; "):
         Problem(**{**GOOD, name: odd})
 
 

@@ -33,7 +33,7 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
     """
     if not _is_integer(value):
         raise TypeError(f"{name} must be an integer, got {_shown(value)}; convert it with int()")
-    number = int(value)  # type: ignore[call-overload]  # checked above
+    number: int = int(value)  # type: ignore[call-overload]  # checked above
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {reprlib.repr(number)}; choose a larger one")
     if most is not None and number > most:
@@ -56,7 +56,7 @@ def finite(name: str, value: object, expected: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be {expected}, got {reprlib.repr(value)}; None is the default")
-    return value if type(value) is int else number
+    return value if isinstance(value, int) else number
 
 
 def flag(name: str, value: object) -> None:

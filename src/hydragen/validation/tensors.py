@@ -7,7 +7,7 @@ import reprlib
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,7 +75,7 @@ def check_tensor(x: object, name: str, like: Tensor | None = None) -> Tensor:
 
 def check_real(x: object, name: str, like: Tensor | None = None) -> None:
     """Raise if `x` is a tensor that is yet to be made, or a fake one that may not meet `like`, a real one."""
-    if isinstance(x, UninitializedTensorMixin):
+    if isinstance(x, Tensor) and is_lazy(x):
         raise ValueError(
             f"{name} must hold data, got an uninitialized parameter; call .materialize(shape), or run the "
             "module that has it"
@@ -100,7 +100,7 @@ def kind(x: object) -> str:
 
 def shown(x: object) -> str:
     """Return `x`, shortened, and its type; of tensors and arrays dtype and shape."""
-    if isinstance(x, UninitializedTensorMixin):
+    if isinstance(x, Tensor) and is_lazy(x):
         return kind(x)
     if getattr(x, "ndim", 0) and hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{kind(x)} {x.dtype} {list(x.shape)}"
