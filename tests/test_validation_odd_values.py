@@ -138,6 +138,19 @@ def test_query_tokens_are_limited(name: str, call: Callable[[], object]) -> None
         call()
 
 
+@pytest.mark.parametrize("call", [plan, explain])
+def test_heads_of_all_tokens_are_limited(call: Callable[..., object]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^num_q_heads must make at most \d+ .*, got 1073741824 heads of 4 "
+    ):
+        call(num_q_heads=2**30)
+
+
+def test_a_reserve_beyond_every_float() -> None:
+    with pytest.raises(ValueError, match=r"^reserve must be a number from 1 to 1e6, got "):
+        plan(reserve=10**400)
+
+
 @pytest.mark.parametrize("counts", [[2**31] * 4, [2**62] * 4, 2**60])
 def test_forked_rows_are_limited(counts: object) -> None:
     with pytest.raises(ValueError, match=r"^counts must give at most \d+ rows in all, got .*; .+$"):

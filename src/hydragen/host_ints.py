@@ -136,7 +136,7 @@ def _as_int(value: object, expected: str) -> int:
     if hasattr(value, "__index__") and not is_bool and not is_masked:
         try:
             return operator.index(value)
-        except (TypeError, RuntimeError):  # RuntimeError: tensors without data
+        except (TypeError, RuntimeError, ValueError):  # the last two: tensors without data
             pass
     raise TypeError(f"{expected}, got {_shortened(value)}; give a single integer")
 

@@ -9,7 +9,7 @@ import torch
 from hydragen.host_ints import IntArray, as_positive_int
 from hydragen.queries import Heads
 from hydragen.tree import PrefixTree
-from hydragen.validation.queries import check_num_queries
+from hydragen.validation.queries import check_num_queries, check_num_vectors
 from hydragen.validation.tensors import shown
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,6 +36,7 @@ def check_explain(
         if as_positive_int(count, name) != count or isinstance(count, torch.Tensor):
             raise TypeError(f"{name} must be an integer, got {shown(count)}; convert it with int()")
     check_num_queries(tree.num_rows, int(q_len), "q_len")
+    check_num_vectors(tree.num_rows * int(q_len), int(num_q_heads))
     if num_q_heads % num_kv_heads:
         raise ValueError(
             f"num_q_heads must be a multiple of num_kv_heads, got {num_q_heads} and {num_kv_heads}; "

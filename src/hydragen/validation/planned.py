@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from hydragen.validation.queries import (
     as_max,
     check_device_offsets,
     check_num_queries,
+    check_num_vectors,
     check_offset_values,
     check_offsets,
     equal_rows,
@@ -71,6 +73,7 @@ def check_plan(
     first = check_tensor(_first_keys(kv), "kv's first k")
     num_heads = as_positive_int(num_q_heads, "num_q_heads")
     rows, leading = _check_rows(tree.num_rows, q_len, cu_seqlens_q, max_seqlen_q, total_q, first.device)
+    check_num_vectors(int(rows.lens.sum()), num_heads)
     if validate and rows.cu_seqlens_q is not None:
         check_offset_values(rows.cu_seqlens_q, leading[0], int(rows.lens.max(initial=0)))
     head_dim = first.shape[-1] if first.dim() else 0
@@ -148,7 +151,10 @@ def check_reserve(reserve: object) -> float:
     expected = "reserve must be a number from 1 to 1e6"
     if isinstance(reserve, bool) or not isinstance(reserve, numbers.Real):
         raise TypeError(f"{expected}, got {shown(reserve)}; 2.0 leaves room for twice the work")
-    number = float(reserve)
+    try:
+        number = float(reserve)
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
     if not 1 <= number <= _MOST_RESERVE:  # nor NaN
         raise ValueError(f"{expected}, got {number}; 2.0 leaves room for twice the work")
     return number

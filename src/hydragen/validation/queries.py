@@ -17,6 +17,8 @@ from hydragen.validation.tensors import shown
 
 # Of query tokens that no tensor proves: a plan takes some 50 bytes of host memory for each, here 7 GB.
 MOST_QUERIES = 2**27
+# Of query tokens times heads: some 2 bytes of a plan's tables for each.
+MOST_VECTORS = 2**31
 
 
 class Rows(NamedTuple):
@@ -145,6 +147,15 @@ def check_num_queries(num_rows: int, each: int, name: str) -> None:
         raise ValueError(
             f"{name} must make at most {MOST_QUERIES} query tokens in all, got {total}; give the tokens of "
             "one call"
+        )
+
+
+def check_num_vectors(num_tokens: int, num_q_heads: int) -> None:
+    """Raise if that many query tokens have more heads than a plan can hold."""
+    if num_tokens * num_q_heads > MOST_VECTORS:
+        raise ValueError(
+            f"num_q_heads must make at most {MOST_VECTORS} query tokens times heads, got {num_q_heads} heads "
+            f"of {num_tokens} tokens; give the heads and tokens of one call"
         )
 
 
