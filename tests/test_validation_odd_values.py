@@ -166,6 +166,11 @@ MIXED: list[tuple[str, Callable[[], object]]] = [
     ("sinks", lambda: plan(q_len=2).run(zeros(4, 2, 4, 8), two_levels()["kv"], sinks=fake(zeros(4)))),
     ("states[1].out", lambda: hydragen.merge_states([state(), state(out=fake(zeros(2, 4, 8)))])),
     ("states[1].lse", lambda: hydragen.merge_states([state(), state(lse=fake(zeros(2, 4)))])),
+    (
+        "states[0].out",
+        lambda: hydragen.merge_states([state(fake(zeros(2, 4, 8)), fake(zeros(2, 4))), state()]),
+    ),
+    ("states[0].out", lambda: hydragen.merge_states([state(out=fake(zeros(2, 4, 8)))])),
     ("states[0].lse", lambda: hydragen.merge_states([state(lse=fake(zeros(2, 4)))])),
 ]
 IN_GRAPH: list[tuple[str, Callable[[], object]]] = [
@@ -211,9 +216,18 @@ def test_fake_tensors_may_meet_real_ones_where_their_mode_lets_them() -> None:
 
 def test_fake_tensors_alone_are_right() -> None:
     assert isinstance(hydragen.attention(**all_fake()), FakeTensor)
+    part = state(fake(zeros(2, 4, 8)), fake(zeros(2, 4)))
+    assert isinstance(hydragen.merge_states([part, part]).out, FakeTensor)
     assert isinstance(plan(q_len=2).run(all_fake()["q"], all_fake()["kv"]), FakeTensor)
     with MODE:
         assert isinstance(hydragen.attention(**all_fake(kv_lens=[None, [3, 2, 1, 0]])), FakeTensor)
+
+
+def test_parameters_are_tensors_for_a_compiler_too() -> None:
+    torch.compiler.reset()
+    merge = torch.compile(lambda *states: hydragen.merge_states(states), fullgraph=True, backend="eager")
+    learnt = state(torch.nn.Parameter(zeros(2, 4, 8)), torch.nn.Parameter(zeros(2, 4)))
+    assert merge(state(), learnt).out.shape == merge(learnt, state()).out.shape == (2, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +237,7 @@ def test_fake_tensors_alone_are_right() -> None:
         ("kv[0] k", lambda x: hydragen.attention(**two_levels(kv=[(x, keys(1)), (keys(), keys())]))),
         ("kv.v", lambda x: hydragen.attention(**packed(kv=PackedKV(zeros(17, 2, 8), x, [0, 17])))),
         ("sinks", lambda x: hydragen.attention(**two_levels(sinks=x))),
+        ("states[0].out", lambda x: hydragen.merge_states([(x, x)])),
         ("kv's first k", lambda x: hydragen.plan(TREE, [(x, keys(1)), (keys(), keys())], num_q_heads=4)),
     ],
 )

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from hydragen.types import AttentionState
 from hydragen.validation.tensors import check_real
@@ -55,11 +54,13 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
         )
     if len(states) == 0:
         raise ValueError("states must have at least one state, got none; pass [state_a, state_b, ...]")
-    like = _with_data(states)
-    checked = [check_state(state, f"states[{i}]", like) for i, state in enumerate(states)]
+    checked = [check_state(state, f"states[{i}]") for i, state in enumerate(states)]
     out, lse = checked[0]
     for i, (other_out, other_lse) in enumerate(checked[1:], start=1):
         for name, mine, first in ((f"states[{i}].out", other_out, out), (f"states[{i}].lse", other_lse, lse)):
+            if type(mine) is not type(first):
+                check_real(mine, name, first)
+                check_real(first, f"states[0].{name[-3:]}", mine)
             if mine.shape != first.shape or mine.dtype != first.dtype or mine.device != first.device:
                 raise ValueError(
                     f"{name} must match states[0], {list(first.shape)} {first.dtype} on {first.device}, got "
@@ -67,12 +68,6 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
                     "give all states one shape, dtype and device"
                 )
     return combine(checked, out.dtype)
-
-
-def _with_data(states: Sequence[object]) -> Tensor | None:
-    """Return a tensor of the states that is not fake, if there is one: then none may be."""
-    tensors = (x for state in states if isinstance(state, tuple) for x in state)
-    return next((x for x in tensors if isinstance(x, Tensor) and not isinstance(x, FakeTensor)), None)
 
 
 def combine(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
@@ -103,16 +98,16 @@ def _one_launch_does(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.d
     )
 
 
-def check_state(state: object, name: str, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) if they fit together, and with data like `like`."""
+def check_state(state: object, name: str) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) if they fit together."""
     if not isinstance(state, tuple) or len(state) != 2 or not all(isinstance(x, Tensor) for x in state):
         raise TypeError(
             f"{name} must be an AttentionState (out, lse) of tensors, got {type(state).__name__}; pass both"
         )
     out, lse = state
-    for part, x in (("out", out), ("lse", lse)):
-        if type(x) is not Tensor:
-            check_real(x, f"{name}.{part}", like)
+    if type(out) is not Tensor or type(lse) is not Tensor:
+        check_real(out, f"{name}.out", lse)
+        check_real(lse, f"{name}.lse", out)
     if any(x.is_nested or x.layout is not torch.strided for x in state):
         raise TypeError(f"{name} must hold dense tensors, got a sparse or nested one; convert it to dense")
     if not out.is_floating_point() or lse.dtype not in (torch.float32, torch.float64):

@@ -75,6 +75,8 @@ def check_tensor(x: object, name: str, like: Tensor | None = None) -> Tensor:
 
 def check_real(x: object, name: str, like: Tensor | None = None) -> None:
     """Raise if `x` is a tensor that is yet to be made, or a fake one that may not meet `like`, a real one."""
+    if torch.compiler.is_compiling():
+        return  # it has made them alike, and cannot trace these questions
     if isinstance(x, Tensor) and is_lazy(x):
         raise ValueError(
             f"{name} must hold data, got an uninitialized parameter; call .materialize(shape), or run the "
