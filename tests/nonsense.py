@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from nonsense_options import (
     HUGE,
+    META,
     Drawn,
     Odd,
     backend,
@@ -24,8 +25,12 @@ from nonsense_options import (
     window,
 )
 from right_arguments import packed, packed_kv, star, two_levels
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedParameter
 
 from hydragen import PackedKV, PagedKV, PrefixTree
+
+FAKES = FakeTensorMode()
 
 
 def anything(rng: np.random.Generator) -> Any:
@@ -53,7 +58,14 @@ def anything(rng: np.random.Generator) -> Any:
 
 
 def a_tensor(rng: np.random.Generator, right: torch.Tensor) -> Drawn:
-    """Instead of floating-point tensors."""
+    """Instead of floating-point tensors among others that are real, and q."""
+    if rng.integers(18) == 0:
+        return FAKES.from_tensor(right), True
+    return a_first_tensor(rng, right)
+
+
+def a_first_tensor(rng: np.random.Generator, right: torch.Tensor) -> Drawn:
+    """Instead of q: a fake one is for torch's tracing, with checks of its own."""
     other_dtypes = [
         torch.int32,
         torch.int64,
@@ -62,7 +74,9 @@ def a_tensor(rng: np.random.Generator, right: torch.Tensor) -> Drawn:
         torch.complex64,
         torch.float8_e4m3fn,
     ]
-    kind = int(rng.integers(16))
+    kind = int(rng.integers(17))
+    if kind == 16:
+        return UninitializedParameter(), True
     if kind == 0:
         return anything(rng), True
     if kind == 1:
@@ -107,11 +121,11 @@ def integers(rng: np.random.Generator, right: list[int]) -> Drawn:
     def with_(value: Any) -> list[Any]:
         return [*right[:at], value, *right[at + 1 :]]
 
-    kind = int(rng.integers(17))
+    kind = int(rng.integers(21))
     if kind == 0:
         return anything(rng), True
     if kind == 1:
-        return with_([math.nan, math.inf, 1.5, "2", None, Odd(), 1j, True, [1]][rng.integers(9)]), False
+        return with_([math.nan, math.inf, 1.5, "2", None, Odd(), 1j, META, [1]][rng.integers(9)]), False
     if kind == 2:
         return with_(-1 - int(rng.integers(5))), True
     if kind == 3:
@@ -140,6 +154,16 @@ def integers(rng: np.random.Generator, right: list[int]) -> Drawn:
         return [*right, 0], False
     if kind == 15:
         return np.array(right[::-1])[::-1], False  # negative strides: right
+    if kind == 17:
+        return with_(
+            [True, False, np.bool_(True), torch.tensor(False), np.array(True)][rng.integers(5)]
+        ), True
+    if kind == 18:
+        return np.ma.array(with_(0), mask=np.arange(max(len(right), 1)) == at), True
+    if kind == 19:
+        return FAKES.from_tensor(torch.tensor(right, dtype=torch.int64)), True
+    if kind == 20:
+        return UninitializedParameter(), True
     return int(rng.integers(-3, 9)), True
 
 
@@ -224,7 +248,7 @@ def call(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, bool]]:
             torch.zeros(9, 2, 2, 8), torch.zeros(9, 2, 2, 8), [0, 3, 5, 6, 7, 9], [4, 2, 0, 8, 7, 6, 5, 3, 1]
         )
     draws: dict[str, Callable[[], Drawn]] = {
-        "q": lambda: a_tensor(rng, right["q"]),
+        "q": lambda: a_first_tensor(rng, right["q"]),
         "kv": lambda: (
             paged_keys(rng)
             if form == 2

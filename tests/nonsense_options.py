@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 Drawn = tuple[Any, bool]
 HUGE = 2**62
+META = torch.tensor(1, device="meta")
 
 
 class Odd:
@@ -30,6 +32,8 @@ def scale(rng: np.random.Generator) -> Drawn:
         [1.0],
         np.array([1.0]),
         torch.ones(2),
+        META,
+        UninitializedParameter(),
         Odd(),
     ]
     maybe = [1e38, -1e308, 1e-320, 0, np.float16(2)]
@@ -51,6 +55,8 @@ def window(rng: np.random.Generator) -> Drawn:
         1j,
         np.float64(2),
         torch.tensor([1, 2]),
+        META,
+        np.ma.masked,
         Odd(),
     ]
     return _either(rng, wrong, [1, 10**30, np.uint8(200)])
@@ -58,13 +64,27 @@ def window(rng: np.random.Generator) -> Drawn:
 
 def softcap(rng: np.random.Generator) -> Drawn:
     """Instead of a cap."""
-    wrong = [0, -1.0, math.nan, math.inf, "50", True, 1j, [5.0], 10**400, -(10**400), torch.ones(3), Odd()]
+    wrong = [
+        0,
+        -1.0,
+        math.nan,
+        math.inf,
+        "50",
+        True,
+        1j,
+        [5.0],
+        10**400,
+        -(10**400),
+        torch.ones(3),
+        META,
+        Odd(),
+    ]
     return _either(rng, wrong, [1e-30, 1e30, 1e300, 1e-320, 1])
 
 
 def flag(rng: np.random.Generator) -> Drawn:
     """Instead of True or False."""
-    wrong = [0, 1, None, "yes", np.bool_(True), math.nan, torch.tensor(True), [], Odd()]
+    wrong = [0, 1, None, "yes", np.bool_(True), math.nan, torch.tensor(True), META, [], Odd()]
     return wrong[rng.integers(len(wrong))], True
 
 
@@ -76,7 +96,7 @@ def backend(rng: np.random.Generator) -> Drawn:
 
 def max_seqlen_q(rng: np.random.Generator) -> Drawn:
     """Instead of the tokens of the longest row."""
-    return _either(rng, [-1, 1.5, math.nan, "4", True, [4], -HUGE, Odd()], [0, 1, HUGE, 10**30])
+    return _either(rng, [-1, 1.5, math.nan, "4", True, [4], -HUGE, META, Odd()], [0, 1, HUGE, 10**30])
 
 
 def out_dtype(rng: np.random.Generator) -> Drawn:

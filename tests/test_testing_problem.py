@@ -1,5 +1,8 @@
 """Problems name what is wrong, print as the call that builds them, and give the same tensors every time."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +32,13 @@ GOOD = {"parents": (-1, 0, 0), "kv_lens": (5, 2, 0), "row_to_node": (1, 2), "q_l
         ({"head_dim": 257}, "head_dim must be at most 256"),
         ({"head_dim_v": 0}, "head_dim_v must be at least 1"),
         ({"dtype": torch.int32}, "dtype must be one of"),
-        ({"window": 0}, "window must be None or at least 1"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"softcap": float("nan")}, "softcap must be None or a positive"),
+        ({"softcap": -1}, "softcap must be None or a positive"),
+        ({"scale": 10**400}, "scale must be None or a finite"),
+        ({"scale": np.float32("nan")}, "scale must be None or a finite"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**64}, f"seed must be at most {2**64 - 1}, got "),
         ({"softcap": 0.0}, "softcap must be None or a positive"),
         ({"scale": float("inf")}, "scale must be None or a finite"),
         ({"sharpness": "blunt"}, "sharpness must be one of"),
@@ -46,6 +55,60 @@ def test_a_wrong_number_is_named(change, message):
 def test_a_wrong_type_is_named(change):
     with pytest.raises(TypeError, match=next(iter(change))):
         Problem(**{**GOOD, **change})
+
+
+INTEGERS = ("num_q_heads", "num_kv_heads", "head_dim", "head_dim_v", "window", "seed")
+NUMBERS, FLAGS, CHOICES = ("softcap", "scale"), ("causal", "sinks"), ("dtype", "sharpness")
+META = torch.tensor(1, device="meta")
+TENSORS = [META, torch.tensor(2), np.array([1, 2]), np.bool_(True)]
+ODD = ["x", b"x", [1], (1, 2, 3, 4), {}, object(), 1j, float, *TENSORS]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Problem)])
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_none_of_its_kind_is_named(name, odd):
+    if isinstance(odd, str) and name == "sharpness":
+        return
+    kinds = {
+        **dict.fromkeys(INTEGERS, " must be an integer, got "),
+        **dict.fromkeys(NUMBERS, " must be None or a (positive )?finite number, got "),
+        **dict.fromkeys(FLAGS, " must be True or False, got "),
+        **dict.fromkeys(CHOICES, " must be one of "),
+    }
+    # a vector of integers, but too few or too many
+    error = ValueError if isinstance(odd, (list, tuple)) and name not in kinds else TypeError
+    with pytest.raises(error, match=f"^(kv_lens|q_lens|{name}){kinds.get(name, ' must ')}"):
+        Problem(**{**GOOD, name: odd})
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *FLAGS])
+@pytest.mark.parametrize("odd", [2.5, 2.0, float("nan"), float("inf")])
+def test_floats_are_named_where_they_are_wrong(name, odd):
+    with pytest.raises(TypeError, match=f"^{name} must be .*, got {odd} of type float; "):
+        Problem(**{**GOOD, name: odd})
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *NUMBERS, *CHOICES])
+def test_a_bool_is_no_number(name):
+    with pytest.raises(TypeError, match=f"^{name} must be .*, got True of type bool"):
+        Problem(**{**GOOD, name: True})
+
+
+@pytest.mark.parametrize("name", [*FLAGS, "seed", "dtype", "sharpness", "head_dim"])
+def test_none_is_a_default_of_numbers_only(name):
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        Problem(**{**GOOD, name: None})
+
+
+def test_numbers_of_numpy_print_as_numbers():
+    given = {
+        "head_dim": np.int64(16), "num_q_heads": np.int32(2), "window": np.uint8(3), "seed": np.int64(5),
+        "softcap": np.float32(0.5), "scale": np.float64(0.25),
+    }  # fmt: skip
+    problem = Problem(**GOOD, **given)
+    assert "np." not in repr(problem)
+    assert eval(repr(problem)) == problem
+    assert repr(Problem(**GOOD, scale=1)).endswith("scale=1)")
 
 
 def test_the_repr_builds_the_problem_and_leaves_out_defaults():

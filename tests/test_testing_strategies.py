@@ -3,12 +3,15 @@
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 
 from hydragen.testing import Problem, problems
 from hydragen.testing.problem import DTYPES, SHARPNESS
+
+META = torch.tensor(1, device="meta")
 
 generate_only = settings(
     max_examples=500,
@@ -183,7 +186,13 @@ def test_the_narrowest_limits_can_be_drawn(problem):
         ({"sharpness": ("blunt",)}, ValueError, "sharpness must be chosen from"),
         ({"head_dims": (8, 257)}, ValueError, "head_dims must be chosen from 1 to 256, got 257"),
         ({"group_sizes": (0,)}, ValueError, "group_sizes must be chosen from 1 to 1024, got 0"),
+        ({"head_dims": (True, 8)}, ValueError, "head_dims must be chosen from 1 to 256, got True"),
+        ({"group_sizes": (META,)}, ValueError, "group_sizes must be chosen from 1 to 1024, got tensor"),
+        ({"trees": None}, ValueError, "trees must be chosen from any, prefix, none, got None"),
         ({"max_rows": 0}, ValueError, "max_rows must be at least 1, got 0"),
+        ({"max_rows": 2.5}, TypeError, "max_rows must be an integer, got 2.5 of type float"),
+        ({"max_nodes": True}, TypeError, "max_nodes must be an integer, got True"),
+        ({"max_q_len": META}, TypeError, "max_q_len must be an integer, got tensor"),
         ({"max_kv": -1}, ValueError, "max_kv must be at least 0, got -1"),
         ({"sharpness": ("very_negative",), "softcap": True}, ValueError, "softcap=True needs a sharpness"),
     ],
@@ -191,3 +200,17 @@ def test_the_narrowest_limits_can_be_drawn(problem):
 def test_impossible_limits_are_refused_at_once(limits, error, message):
     with pytest.raises(error, match=message):
         problems(**limits)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "softcap", "scale", "sinks"])
+@pytest.mark.parametrize("odd", ["no", "", 0, 1, 0.5, [], META, np.bool_(True)])
+def test_whether_an_option_is_given_is_true_false_or_none(name, odd):
+    with pytest.raises(TypeError, match=f"^{name} must be True, False or None, got "):
+        problems(**{name: odd})
+
+
+@pytest.mark.parametrize("name", ["same_head_dim_v", "same_q_len", "empty"])
+@pytest.mark.parametrize("odd", ["no", None, 0, META])
+def test_a_flag_is_true_or_false(name, odd):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got "):
+        problems(**{name: odd})

@@ -16,6 +16,8 @@ import nonsense_options
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import UninitializedParameter
 
 import hydragen
 from hydragen import PackedKV, PagedKV
@@ -48,6 +50,8 @@ def shown(value: Any) -> str:
     """Something to build the value again from."""
     if isinstance(value, torch.Tensor) and (value.layout is not torch.strided or value.is_nested):
         return f"{value.layout} tensor"
+    if isinstance(value, (UninitializedParameter, FakeTensor)):
+        return type(value).__name__
     if isinstance(value, torch.Tensor) and value.numel() > 9:
         first = "" if value.is_meta or not value.is_floating_point() else f" of {value.flatten()[0]}"
         return f"{value.dtype} {list(value.shape)} strides {value.stride()} on {value.device}{first}"
@@ -138,7 +142,13 @@ def test_the_fuzzing_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 def structures(rng: np.random.Generator) -> tuple[str, Any, dict[str, Any], list[str]]:
     """A call of another public function with one argument replaced: name, function, arguments, which one."""
     lens, _ = nonsense.integers(rng, [5, 2, 3])
-    kind = int(rng.integers(6))
+    kind = int(rng.integers(8))
+    if kind == 6:
+        counts, _ = nonsense.integers(rng, [1, 2])
+        return "fork", TREE.fork, {"counts": counts}, ["counts"]
+    if kind == 7:
+        name = ["num_q_heads", "q_len", "max_seqlen_q", "total_q", "reserve"][rng.integers(5)]
+        return "plan", plan, {name: ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))]}, [name]
     if kind == 0:
         name = ["parents", "kv_lens", "row_to_node"][rng.integers(3)]
         right = {"parents": [-1, 0, 0], "kv_lens": [5, 2, 3], "row_to_node": [1, 2]}
@@ -165,13 +175,23 @@ def structures(rng: np.random.Generator) -> tuple[str, Any, dict[str, Any], list
         "head_dim": 8,
         "dtype": torch.float16,
         "q_len": 1,
+        "device": None,
     }
-    name = list(right)[rng.integers(6)]
-    numbers = [0, -1, 2.5, math.nan, "4", None, True, 3, [4], torch.int32, nonsense_options.Odd(), 1j]
-    return "explain", hydragen.explain, {**right, name: numbers[rng.integers(12)]}, [name]
+    name = list(right)[rng.integers(7)]
+    odd = ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))]
+    return "explain", hydragen.explain, {**right, name: odd}, [name]
 
 
 TREE = hydragen.PrefixTree.from_levels([[100], [3, 4]])
+ODD_NUMBERS = [
+    0, -1, 2.5, math.nan, "4", None, True, 3, [4], torch.int32, nonsense_options.Odd(), 1j, 2**31 - 1, 2**62,
+    10**30, 10**400, nonsense_options.META, torch.tensor(True), np.ma.masked, UninitializedParameter(),
+]  # fmt: skip
+
+
+def plan(**changes: Any) -> hydragen.Plan:
+    pair = torch.zeros(107, 2, 8)
+    return hydragen.plan(TREE, PackedKV(pair, pair, [0, 100, 103, 107]), **{"num_q_heads": 4, **changes})
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import reprlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,16 +31,17 @@ def as_int_vector(value: object, name: str) -> IntArray:
     TypeError
         If `value` does not hold integers (bool is not an integer) or cannot be read on the host.
     ValueError
-        If it is not 1-D, or an integer does not fit in int64.
+        If it is not 1-D, an integer does not fit in int64, or entries are masked.
     """
     try:
         array = np.asarray(value)
-    except ValueError:
-        raise ValueError(
-            f"{name} must be a 1-D list of integers, got lists of unequal lengths: {_shortened(value)}; "
-            "give one integer per entry"
-        ) from None
-    except (TypeError, RuntimeError):  # what torch raises for device tensors, and bfloat16 or sparse ones
+    except (TypeError, RuntimeError, ValueError) as error:
+        # torch raises all three: for device tensors, bfloat16 or sparse ones, and parameters without a shape
+        if isinstance(error, ValueError) and not hasattr(value, "__array__"):
+            raise ValueError(
+                f"{name} must be a 1-D list of integers, got lists of unequal lengths: {_shortened(value)}; "
+                "give one integer per entry"
+            ) from None
         raise TypeError(
             f"{name} must be a list, array or CPU tensor of integers, got {_shortened(value)}; "
             "copy a device tensor to the host with .cpu()"
@@ -61,6 +63,13 @@ def as_int_vector(value: object, name: str) -> IntArray:
         raise ValueError(
             f"{name} must hold integers that fit in int64, got {array.max()}; "
             "give integers of at most 2**63 - 1"
+        )
+    if not hasattr(value, "__array__"):
+        _check_no_bool(value, name)
+    elif isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ValueError(
+            f"{name} must hold an integer in every entry, got {value.size - value.count()} masked ones of "
+            f"{value.size}; fill them with .filled(0), or leave them out with .compressed()"
         )
     return array.astype(np.int64, copy=False)
 
@@ -109,18 +118,34 @@ def frozen(array: IntArray) -> IntArray:
     return array
 
 
+def _check_no_bool(values: Any, name: str) -> None:
+    """Raise if a bool is among what numpy took for integers: it makes True a 1 without a word."""
+    for kind in {*map(type, values)} - {int, np.int64, np.int32}:
+        for i, x in enumerate(values):
+            if type(x) is kind and np.asarray(x).dtype.kind == "b":
+                raise TypeError(
+                    f"{name} must hold integers, got a bool at index {i} of {_shortened(values)}; "
+                    "convert it with int()"
+                )
+
+
 def _as_int(value: object, expected: str) -> int:
-    # Arrays, tensors and bool have __index__ too.
-    if hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_)):
+    # Arrays, tensors and bool have __index__ too; a tensor's dtype is told by its name, without torch.
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    is_masked = isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value)
+    if hasattr(value, "__index__") and not is_bool and not is_masked:
         try:
             return operator.index(value)
-        except TypeError:
+        except (TypeError, RuntimeError, ValueError):  # the last two: tensors without data
             pass
     raise TypeError(f"{expected}, got {_shortened(value)}; give a single integer")
 
 
 def _shortened(value: object) -> str:
     """Return the type and the beginning of `value`, fit for an error message; of arrays, dtype and shape."""
-    if getattr(value, "ndim", 0) > 0 and hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{type(value).__name__} of dtype {value.dtype} and shape {tuple(value.shape)}"
+    try:
+        if getattr(value, "ndim", 0) > 0 and hasattr(value, "dtype") and hasattr(value, "shape"):
+            return f"{type(value).__name__} of dtype {value.dtype} and shape {tuple(value.shape)}"
+    except RuntimeError:  # a parameter that has no shape yet
+        return type(value).__name__
     return f"{type(value).__name__} {reprlib.repr(value)}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydragen.types import AttentionState
+from hydragen.validation.tensors import check_real
 from hydragen_reference import decomposed
 from hydragen_reference.segment import in_transform
 
@@ -57,6 +58,9 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
     out, lse = checked[0]
     for i, (other_out, other_lse) in enumerate(checked[1:], start=1):
         for name, mine, first in ((f"states[{i}].out", other_out, out), (f"states[{i}].lse", other_lse, lse)):
+            if type(mine) is not type(first):
+                check_real(mine, name, first)
+                check_real(first, f"states[0].{name[-3:]}", mine)
             if mine.shape != first.shape or mine.dtype != first.dtype or mine.device != first.device:
                 raise ValueError(
                     f"{name} must match states[0], {list(first.shape)} {first.dtype} on {first.device}, got "
@@ -101,6 +105,9 @@ def check_state(state: object, name: str) -> tuple[Tensor, Tensor]:
             f"{name} must be an AttentionState (out, lse) of tensors, got {type(state).__name__}; pass both"
         )
     out, lse = state
+    if type(out) is not Tensor or type(lse) is not Tensor:
+        check_real(out, f"{name}.out", lse)
+        check_real(lse, f"{name}.lse", out)
     if any(x.is_nested or x.layout is not torch.strided for x in state):
         raise TypeError(f"{name} must hold dense tensors, got a sparse or nested one; convert it to dense")
     if not out.is_floating_point() or lse.dtype not in (torch.float32, torch.float64):

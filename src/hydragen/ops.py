@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hydragen.handles import of_handle
 from hydragen.kv import KV, PackedKV, PagedKV
+from hydragen.transforms import check_fake
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen_reference.segment import in_transform
@@ -172,9 +174,10 @@ def attention_in_graph(
             raise ValueError("kv_lens must be a list with an entry per level of kv, None or lengths")
         each = kv_lens if by_level else [kv_lens]
         lens = [None if x is None else _host_tensor(x) for x in each]
+    cu = None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q)
+    _check_fake(q, flat, sinks, [*(("kv_lens", x) for x in lens), ("cu_seqlens_q", cu)])
     out, lse = attention_op(
-        q, *flat, sinks, lens,
-        None if cu_seqlens_q is None else _host_tensor(cu_seqlens_q), max_seqlen_q,
+        q, *flat, sinks, lens, cu, max_seqlen_q,
         None if tree is None else tree.handle, scale, causal, window, softcap, return_lse, out_dtype, backend,
         batch_invariant, validate,
     )  # fmt: skip
@@ -229,6 +232,7 @@ def run_in_graph(
     _check_numbers(scale=scale, window=window, softcap=softcap)
     is_pair = isinstance(kv, (tuple, list)) and len(kv) == 2 and isinstance(kv[0], Tensor)
     flat = _Flat([kv[0]], [kv[1]], False, [None], None) if is_pair else _flattened(kv)
+    _check_fake(q, flat, sinks)
     out, lse = run_op(plan, q, *flat, scale, causal, window, softcap, sinks, return_lse, out_dtype)
     return AttentionState(out, lse)
 
@@ -264,6 +268,13 @@ def _flattened(kv: Any) -> _Flat:
         flat.v.append(values)
         flat.offsets.append(offset)
     return flat
+
+
+def _check_fake(q: Tensor, flat: _Flat, sinks: object, others: Sequence[tuple[str, object]] = ()) -> None:
+    """Raise if tensors with and without data are mixed; what a compiler traces it has made alike."""
+    if not torch.compiler.is_compiling() and isinstance(q, FakeTensor):
+        named = [(f"kv[{i}] {n}", x) for n, xs in (("k", flat.k), ("v", flat.v)) for i, x in enumerate(xs)]
+        check_fake(q, [*named, ("sinks", sinks), *others, *(("kv", x) for x in (*flat[3], flat[4]))])
 
 
 def _check_flags(**flags: object) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import forward_ad
 
 from hydragen_reference.segment import in_transform
@@ -66,6 +66,18 @@ def check_untransformed(who: str, remedy: str, tensors: Iterable[tuple[str, Tens
             f"{who} cannot run within torch.func (grad, vjp, jvp, functionalize), which wraps its results; "
             f"{remedy}, or call it outside of the transform"
         )
+
+
+def check_fake(q: FakeTensor, tensors: Iterable[tuple[str, object]]) -> None:
+    """Raise ValueError if a tensor is not of the mode of `q`, and that mode takes no others."""
+    if q.fake_mode.allow_non_fake_inputs:
+        return
+    for name, x in tensors:
+        if isinstance(x, Tensor) and not (isinstance(x, FakeTensor) and x.fake_mode is q.fake_mode):
+            raise ValueError(
+                f"{name} must be of the FakeTensorMode of q, got {type(x).__name__}; call within that mode "
+                "(integers on the host become tensors there), with tensors of its from_tensor()"
+            )
 
 
 def check_no_transform(who: str, remedy: str) -> None:

@@ -6,6 +6,9 @@ import numpy as np
 
 from hydragen.host_ints import IntArray, as_int_vector
 
+# More than any call can have query tokens (validation.queries): a count that is meant for something else.
+_MOST_ROWS = 2**27
+
 Arrays = tuple[IntArray, IntArray | None, IntArray, IntArray | None]
 
 
@@ -18,6 +21,12 @@ def forked(arrays: Arrays, counts: object) -> Arrays:
         raise ValueError(
             f"counts must hold a number of at least 0 for each of the {row_to_node.size} rows, got "
             f"{each.tolist()}; 1 lets a row go on alone"
+        )
+    rows = float(each.sum(dtype=np.float64))  # a sum of int64 might wrap around
+    if rows > _MOST_ROWS:
+        raise ValueError(
+            f"counts must give at most {_MOST_ROWS} rows in all, got {rows:.3g}; give the number of rows "
+            "that each row goes on as"
         )
     above = np.repeat(row_to_node, each)
     lengths = None if kv_lens is None else np.append(kv_lens, np.zeros(above.size, np.int64))

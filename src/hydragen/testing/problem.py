@@ -7,12 +7,13 @@ shrunk, pasted into a test and run again.
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
+import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+
+from hydragen.testing.arguments import finite, flag, integer, integers
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -29,6 +30,7 @@ Sharpness = Literal["flat", "peaked", "lopsided", "very_negative", "some_very_ne
 SHARPNESS: tuple[Sharpness, ...] = get_args(Sharpness)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
+MAX_SEED = 2**64 - 1  # of torch's generators
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +60,7 @@ class Problem:
     sharpness
         How the logits are spread, one of `SHARPNESS`.
     seed
-        Of the tensors' values.
+        Of the tensors' values, 0 to 2**64 - 1.
 
     Raises
     ------
@@ -90,10 +92,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name in ("parents", "kv_lens", "row_to_node", "q_lens"):
-            object.__setattr__(self, name, _integers(name, getattr(self, name)))
+            object.__setattr__(self, name, integers(name, getattr(self, name)))
         _check_structure(self)
-        _check_sizes(self)
-        _check_options(self)
+        for name, value in {**_sizes(self), **_options(self)}.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         """The call that builds this problem, without the fields that have their default value."""
@@ -202,15 +204,6 @@ class Problem:
         return levels_view(self, self.tensors() if inputs is None else inputs, spare=spare, memory=memory)
 
 
-def _integers(name: str, values: object) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)):
-        raise TypeError(f"{name} must be a tuple of integers, got {type(values).__name__}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must hold integers, got {value!r} of type {type(value).__name__}")
-    return tuple(int(value) for value in values)
-
-
 def _check_structure(problem: Problem) -> None:
     num_nodes = len(problem.parents)
     if num_nodes == 0:
@@ -242,34 +235,42 @@ def _check_structure(problem: Problem) -> None:
                 raise ValueError(f"{name} must be {limit}, got {name}[{index}] = {value}")
 
 
-def _check_sizes(problem: Problem) -> None:
-    for name in ("num_q_heads", "num_kv_heads", "head_dim", "head_dim_v"):
-        _integers(name, (getattr(problem, name),))
-        if getattr(problem, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(problem, name)}")
+def _sizes(problem: Problem) -> dict[str, int]:
+    """Return heads and their sizes."""
+    found = {name: integer(name, getattr(problem, name), 1) for name in ("num_q_heads", "num_kv_heads")}
     for name in ("head_dim", "head_dim_v"):
-        if getattr(problem, name) > MAX_HEAD_DIM:
-            raise ValueError(f"{name} must be at most {MAX_HEAD_DIM}, got {getattr(problem, name)}")
-    if problem.num_q_heads % problem.num_kv_heads:
+        found[name] = integer(name, getattr(problem, name), 1, MAX_HEAD_DIM)
+    if found["num_q_heads"] % found["num_kv_heads"]:
         raise ValueError(
             f"num_q_heads must be a multiple of num_kv_heads, "
             f"got {problem.num_q_heads} and {problem.num_kv_heads}"
         )
+    return found
 
 
-def _check_options(problem: Problem) -> None:
-    if problem.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {problem.dtype}")
-    if problem.sharpness not in SHARPNESS:
-        raise ValueError(f"sharpness must be one of {', '.join(SHARPNESS)}, got {problem.sharpness!r}")
-    if problem.window is not None and problem.window < 1:
-        raise ValueError(f"window must be None or at least 1, got {problem.window}")
-    if problem.scale is not None and not math.isfinite(problem.scale):
-        raise ValueError(f"scale must be None or a finite number, got {problem.scale}")
-    if problem.softcap is not None and not (math.isfinite(problem.softcap) and problem.softcap > 0):
-        raise ValueError(f"softcap must be None or a positive finite number, got {problem.softcap}")
+def _options(problem: Problem) -> dict[str, Any]:
+    """Return the options that are numbers."""
+    for name in ("causal", "sinks"):
+        flag(name, getattr(problem, name))
+    for name, known, wanted in (("dtype", DTYPES, torch.dtype), ("sharpness", SHARPNESS, str)):
+        value = getattr(problem, name)
+        expected = f"{name} must be one of {', '.join(map(str, known))}"
+        if not isinstance(value, wanted):
+            raise TypeError(f"{expected}, got {reprlib.repr(value)} of type {type(value).__name__}")
+        if value not in known:
+            raise ValueError(f"{expected}, got {value!r}")
+    found: dict[str, Any] = {"seed": integer("seed", problem.seed, 0, MAX_SEED)}
+    if problem.window is not None:
+        found["window"] = integer("window", problem.window, 1)
+    if problem.scale is not None:
+        found["scale"] = finite("scale", problem.scale, "None or a finite number")
+    if problem.softcap is not None:
+        found["softcap"] = finite("softcap", problem.softcap, "None or a positive finite number")
+        if found["softcap"] <= 0:
+            raise ValueError(f"softcap must be None or a positive finite number, got {problem.softcap}")
     if "very_negative" in problem.sharpness and (problem.softcap is not None or problem.scale == 0):
         raise ValueError(
             f"sharpness={problem.sharpness!r} needs softcap=None and a scale other than 0, got softcap="
             f"{problem.softcap} and scale={problem.scale}: such logits cannot lie below -5e4"
         )
+    return found

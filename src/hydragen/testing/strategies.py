@@ -7,6 +7,7 @@ Hypothesis shrinks them by deleting nodes and rows and by making numbers smaller
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Collection, Sequence
 from typing import Literal, TypeVar, get_args
@@ -14,6 +15,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from hypothesis import strategies as st
 
+from hydragen.testing.arguments import flag, integer
 from hydragen.testing.problem import DTYPES, MAX_HEAD_DIM, SHARPNESS, Problem, Sharpness
 from hydragen.testing.shapes import STYLES, hollow_out, leaves, row_ends, tree_parents
 
@@ -80,14 +82,28 @@ def problems(
 
     Raises
     ------
-    ValueError
-        If no problem lies within the limits, or a limit is out of range.
+    TypeError, ValueError
+        If no problem lies within the limits, or a limit is out of range or none.
     """
     _check_choices("dtypes", dtypes, DTYPES)
     _check_choices("sharpness", sharpness, SHARPNESS)
     _check_choices("head_dims", head_dims, range(1, MAX_HEAD_DIM + 1))
     _check_choices("group_sizes", group_sizes, range(1, 1025))
     _check_choices("trees", (trees,), get_args(Trees))
+    for name, flagged in (("same_head_dim_v", same_head_dim_v), ("same_q_len", same_q_len), ("empty", empty)):
+        flag(name, flagged)
+    for name, given in (
+        ("causal", causal),
+        ("window", window),
+        ("softcap", softcap),
+        ("scale", scale),
+        ("sinks", sinks),
+    ):
+        if given is not None and not isinstance(given, bool):
+            raise TypeError(
+                f"{name} must be True, False or None, got {given!r} of type {type(given).__name__}; "
+                "None draws problems with it and without"
+            )
     for name, limit, low in (
         ("max_kv_heads", max_kv_heads, 1),
         ("max_nodes", max_nodes, 1),
@@ -95,8 +111,7 @@ def problems(
         ("max_q_len", max_q_len, 1),
         ("max_kv", max_kv, 0 if empty else 1),
     ):
-        if limit < low:
-            raise ValueError(f"{name} must be at least {low}, got {limit}")
+        integer(name, limit, low)
     capped = [mode for mode in sharpness if "very_negative" not in mode]
     if softcap is True and not capped:
         raise ValueError(f"softcap=True needs a sharpness whose logits can be capped, got {tuple(sharpness)}")
@@ -241,7 +256,9 @@ def _check_choices(name: str, given: Sequence[object], allowed: Collection[objec
         raise TypeError(f"{name} must be a sequence of choices, got {given!r}")
     if not given:
         raise ValueError(f"{name} must offer at least one choice, got {given!r}")
-    unknown = [value for value in given if value not in allowed]
+    # their kind first: True is in range(1, 2), and a tensor without data cannot be compared
+    kind = numbers.Integral if isinstance(allowed, range) else type(next(iter(allowed)))
+    unknown = [x for x in given if isinstance(x, bool) or not isinstance(x, kind) or x not in allowed]
     if unknown:
         known = (
             f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))

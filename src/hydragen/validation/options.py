@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydragen.types import Options
-from hydragen.validation.tensors import check_tensor, shown
+from hydragen.validation.tensors import check_real, check_tensor, shown
 
 BACKENDS = ("auto", "reference", "triton")
 # Beyond any position, and far enough from the end of int32 that kernels can add positions to it.
@@ -120,6 +120,8 @@ def _check_number(x: object, name: str, expected: str, remedy: str) -> float:
 def _check_sinks(sinks: object, q: Tensor) -> Tensor:
     num_q_heads = q.shape[-2]
     tensor = check_tensor(sinks, "sinks")
+    if type(tensor) is not Tensor:
+        check_real(tensor, "sinks", q)
     if tensor.shape != (num_q_heads,):
         raise ValueError(
             f"sinks must have shape [num_q_heads] = [{num_q_heads}], got {list(tensor.shape)}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from hydragen.validation.queries import (
     Rows,
     as_max,
     check_device_offsets,
+    check_num_queries,
+    check_num_vectors,
     check_offset_values,
     check_offsets,
     equal_rows,
@@ -70,6 +73,7 @@ def check_plan(
     first = check_tensor(_first_keys(kv), "kv's first k")
     num_heads = as_positive_int(num_q_heads, "num_q_heads")
     rows, leading = _check_rows(tree.num_rows, q_len, cu_seqlens_q, max_seqlen_q, total_q, first.device)
+    check_num_vectors(int(rows.lens.sum()), num_heads)
     if validate and rows.cu_seqlens_q is not None:
         check_offset_values(rows.cu_seqlens_q, leading[0], int(rows.lens.max(initial=0)))
     head_dim = first.shape[-1] if first.dim() else 0
@@ -104,6 +108,7 @@ def _check_rows(
                     f"{name} must come with cu_seqlens_q, got {shown(value)} alone; leave it out"
                 )
         count = as_positive_int(1 if q_len is None else q_len, "q_len")
+        check_num_queries(num_rows, count, "q_len")
         return equal_rows(num_rows, count), (num_rows, count)
     if q_len is not None:
         raise ValueError(
@@ -119,6 +124,7 @@ def _check_rows(
     cu = check_offsets(cu_seqlens_q, "cu_seqlens_q")
     lens = np.diff(cu)
     _check_count(lens, num_rows)
+    check_num_queries(1, int(cu[-1]), "cu_seqlens_q")
     longest = int(lens.max(initial=0))
     if max_seqlen_q is not None and as_max(max_seqlen_q) < longest:
         raise ValueError(
@@ -145,7 +151,10 @@ def check_reserve(reserve: object) -> float:
     expected = "reserve must be a number from 1 to 1e6"
     if isinstance(reserve, bool) or not isinstance(reserve, numbers.Real):
         raise TypeError(f"{expected}, got {shown(reserve)}; 2.0 leaves room for twice the work")
-    number = float(reserve)
+    try:
+        number = float(reserve)
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
     if not 1 <= number <= _MOST_RESERVE:  # nor NaN
         raise ValueError(f"{expected}, got {number}; 2.0 leaves room for twice the work")
     return number

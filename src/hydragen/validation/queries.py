@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import reprlib
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,6 +14,11 @@ from torch import Tensor
 from hydragen.host_ints import IntArray, as_int_vector, frozen
 from hydragen.lengths import on_device
 from hydragen.validation.tensors import shown
+
+# Of query tokens that no tensor proves: a plan takes some 50 bytes of host memory for each, here 7 GB.
+MOST_QUERIES = 2**27
+# Of query tokens times heads: some 2 bytes of a plan's tables for each.
+MOST_VECTORS = 2**31
 
 
 class Rows(NamedTuple):
@@ -128,8 +134,29 @@ def check_device_offsets(cu_seqlens_q: Tensor, device: torch.device, max_seqlen_
             "max_seqlen_q must be given when cu_seqlens_q lives on a device (it is not read back), got None; "
             "pass the most query tokens that any row can have"
         )
-    equal = equal_rows(cu_seqlens_q.numel() - 1, as_max(max_seqlen_q))
+    num_rows, longest = cu_seqlens_q.numel() - 1, as_max(max_seqlen_q)
+    check_num_queries(num_rows, longest, "max_seqlen_q")
+    equal = equal_rows(num_rows, longest)
     return Rows(equal.starts, equal.lens, cu_seqlens_q)
+
+
+def check_num_queries(num_rows: int, each: int, name: str) -> None:
+    """Raise if `num_rows` rows of `each` tokens, as argument `name` says, are more than a plan can hold."""
+    if num_rows * each > MOST_QUERIES:
+        total = f"{num_rows} rows of {reprlib.repr(each)}" if num_rows > 1 else reprlib.repr(each)
+        raise ValueError(
+            f"{name} must make at most {MOST_QUERIES} query tokens in all, got {total}; give the tokens of "
+            "one call"
+        )
+
+
+def check_num_vectors(num_tokens: int, num_q_heads: int) -> None:
+    """Raise if that many query tokens have more heads than a plan can hold."""
+    if num_tokens * num_q_heads > MOST_VECTORS:
+        raise ValueError(
+            f"num_q_heads must make at most {MOST_VECTORS} query tokens times heads, got {num_q_heads} heads "
+            f"of {num_tokens} tokens; give the heads and tokens of one call"
+        )
 
 
 def check_offset_values(cu_seqlens_q: Tensor, total: int, max_seqlen_q: int) -> None:

@@ -6,6 +6,8 @@ import reprlib
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,7 +28,7 @@ def check_tensor(x: object, name: str, like: Tensor | None = None) -> Tensor:
     TypeError
         If it is no tensor, sparse or nested, or has another dtype.
     ValueError
-        If it holds no data or lives elsewhere.
+        If it holds no data (meta, fake or uninitialized) or lives elsewhere.
     """
     if (
         like is not None
@@ -38,6 +40,8 @@ def check_tensor(x: object, name: str, like: Tensor | None = None) -> Tensor:
         and not x.is_neg()
     ):
         return x  # what `like` passed, this has in common with it
+    if type(x) is not Tensor:
+        check_real(x, name, like)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}; make one with torch.as_tensor")
     if x.is_nested:
@@ -69,6 +73,23 @@ def check_tensor(x: object, name: str, like: Tensor | None = None) -> Tensor:
     return x.resolve_neg() if x.is_neg() else x
 
 
+def check_real(x: object, name: str, like: Tensor | None = None) -> None:
+    """Raise if `x` is a tensor that is yet to be made, or a fake one that may not meet `like`, a real one."""
+    if torch.compiler.is_compiling():
+        return  # it has made them alike, and cannot trace these questions
+    if isinstance(x, Tensor) and is_lazy(x):
+        raise ValueError(
+            f"{name} must hold data, got an uninitialized parameter; call .materialize(shape), or run the "
+            "module that has it"
+        )
+    if like is None or isinstance(like, FakeTensor) or not isinstance(x, FakeTensor):
+        return
+    if not x.fake_mode.allow_non_fake_inputs:
+        raise ValueError(
+            f"{name} must hold data, got a fake tensor; make all tensors in one FakeTensorMode, or none"
+        )
+
+
 def kind(x: object) -> str:
     """Return the type of `x` as its users write it: int, numpy.ndarray, torch.Tensor."""
     if isinstance(x, type):
@@ -81,6 +102,8 @@ def kind(x: object) -> str:
 
 def shown(x: object) -> str:
     """Return `x`, shortened, and its type; of tensors and arrays dtype and shape."""
+    if isinstance(x, Tensor) and is_lazy(x):
+        return kind(x)
     if getattr(x, "ndim", 0) and hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{kind(x)} {x.dtype} {list(x.shape)}"
     return kind(x) if x is None else f"{reprlib.repr(x)} of type {kind(x)}"
