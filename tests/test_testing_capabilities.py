@@ -27,10 +27,12 @@ def test_capabilities_as_values_and_as_text():
 @pytest.mark.parametrize(
     ("trees", "problem", "allowed"),
     [
-        ("prefix", Problem((-1, 0, 0), (3, 1, 2), (2, 1), (1, 1)), True),
+        ("prefix", Problem((-1, 0, 0), (3, 1, 2), (1, 2), (1, 1)), True),
+        ("prefix", Problem((-1, 0, 0), (3, 1, 2), (2, 1), (1, 1)), False),
         ("prefix", Problem((-1,), (3,), (0,), (1,)), False),
         ("prefix", Problem((-1, 0), (3, 1), (1, 1), (1, 1)), False),
-        ("none", Problem((-1, -1), (3, 1), (1, 0), (1, 1)), True),
+        ("none", Problem((-1, -1), (3, 1), (0, 1), (1, 1)), True),
+        ("none", Problem((-1, -1), (3, 1), (1, 0), (1, 1)), False),
         ("none", Problem((-1, 0), (3, 1), (1,), (1,)), False),
         ("any", Problem((-1, 0), (3, 1), (1, 0, 1), (1, 1, 1)), True),
     ],
