@@ -50,11 +50,11 @@ def check_model(model: object) -> PreTrainedModel:
             f'model must have attn_implementation="hydragen", got {implementation!r}; load it so, or '
             'call model.set_attn_implementation("hydragen")'
         )
-    spread = getattr(model.config, "distributed_config", None)
-    if (getattr(spread, "pp_size", None) or 1) > 1:
+    stages = getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1
+    if stages > 1:
         raise ValueError(
-            f"model must have all its layers in every process, got pp_size={spread.pp_size}; use tensor "
-            'parallelism: tp_plan="auto" under torchrun'
+            f"model must have all its layers in every process, got pp_size={stages}; use tensor parallelism: "
+            'tp_plan="auto" under torchrun'
         )
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
