@@ -40,7 +40,8 @@ class Variant:
     """What is decided otherwise; None: as the library decides.
 
     `tile`: a name of ALL_TILES, or "plain"; `prefix_splits`: programs that share a prefix; `suffix_keys`:
-    keys of a suffix program; `suffix_heads`: its KV heads; `suffix_stages`: its steps in flight.
+    keys of a suffix program; `suffix_heads`: its KV heads; `suffix_stages`: its steps in flight; `min_rows`: rows
+    from which on a segment has the specialised tile.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Variant:
     suffix_keys: int | None = None
     suffix_heads: int | None = None
     suffix_stages: int | None = None
+    min_rows: int | None = None
 
 
 # Compile without spills as well, and are not chosen.
@@ -73,13 +75,23 @@ RINGS = [
     Variant("single, 4 stages", "single, 4 stages"),
     Variant("single, 2 stages", "single, 2 stages"),
 ]
-WIDE = [Variant(f"wide, {n} splits", "wide", persistent=True, prefix_splits=n) for n in (1, 2, 3)]
+# One kind of tile for several levels, where some have fewer rows than pay for the specialised one alone.
+LEVELS = [
+    PLAIN,
+    Variant("plain", "plain"),
+    Variant("from 128 rows on", min_rows=128),
+    Variant("from 64 rows on", min_rows=64),
+    Variant("wide, from 128 rows on", "wide", persistent=True, min_rows=128),
+    Variant("narrow+2, from 128 rows on", "narrow+2", persistent=True, min_rows=128),
+    Variant("single, from 64 rows on", "single", min_rows=64),
+]
 SHAPES: dict[str, list[Variant]] = {
-    "40/40 B256 P16256 S64": [*splits(3), *WIDE],
-    "40/40 B256 P16256 S128": [*splits(3), *WIDE],
-    "40/40 B512 P16256 S64": [*splits(1, 2, 3), *WIDE],
-    "32/8 B64 P16384 S128": splits(6, 8),
-    "32/8 B64 P65536 S512": splits(6, 8),
+    "32/8 1x4096>8x1024>256x256": LEVELS,
+    "32/8 1x2048>16x2048>512x64": LEVELS,
+    "32/8 1x8192>16x512>512x128": LEVELS,
+    "32/32 1x4096>8x1024>256x256": LEVELS,
+    "32/8 B32 P16384 S128": LEVELS[:5],
+    "32/8 B48 P8192 S64": LEVELS[:5],
 }
 
 
@@ -116,6 +128,8 @@ def deciding(variant: Variant) -> Iterator[None]:
             stack.enter_context(set_to(work, name, function))
         if variant.tile is not None:
             stack.enter_context(set_to(tuning, "prefix_tile_for", lambda *_, **__: tile))
+        if variant.min_rows is not None:
+            stack.enter_context(set_to(tuning, "min_rows", lambda _: variant.min_rows))
         yield
 
 
