@@ -8,7 +8,6 @@ from torch import Tensor
 
 import hydragen
 from hydragen import AttentionState
-from hydragen.merging import combine
 from hydragen_reference import decomposed
 
 pytestmark = pytest.mark.triton
@@ -88,27 +87,36 @@ def test_strides_and_overlapping_views(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_merge_states_takes_the_kernel_on_a_gpu_and_keeps_gradients(device: torch.device) -> None:
+def test_merge_states_takes_the_kernel_on_a_gpu(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydragen.backends import states as fused  # noqa: PLC0415 (needs triton)
+
+    calls = []
+    usual = fused.merge
+    monkeypatch.setattr(fused, "merge", lambda *given: calls.append(given) or usual(*given))
     given = states((64, 8, 128), 2, torch.float32, device)
     merged = hydragen.merge_states(given)
-    assert torch.equal(merged.out, combine(given, torch.float32).out)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
-    ) as profile:
-        hydragen.merge_states(given)
-        torch.cuda.synchronize()
-    launched = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    assert [name for name in launched if "merge_states" in name]
-    assert len(launched) == 1, launched
-    wanted = [AttentionState(out.double(), lse.double()) for out, lse in given]
-    torch.testing.assert_close(merged.out.double(), hydragen.merge_states(wanted).out, rtol=2e-6, atol=1e-6)
+    assert len(calls) == 1
+    wanted = hydragen.merge_states([AttentionState(out.double(), lse.double()) for out, lse in given])
+    # what rounding of a logit, and of the exponent, may move
+    largest = max(float(x.abs().max()) for state in given for x in state)
+    tolerance = 4 * torch.finfo(torch.float32).eps * largest**2
+    assert float((merged.out - wanted.out).abs().max()) <= tolerance
+    assert float((merged.lse - wanted.lse).abs().max()) <= tolerance
+    hydragen.merge_states([(out.half(), lse) for out, lse in given])
+    assert len(calls) == 2, "float64 has no kernel, half precision has"
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_do_without_the_kernel(device: torch.device) -> None:
+    given = states((4, 2, 16), 2, torch.float32, device)
     leaf = given[0].out.clone().requires_grad_()
     hydragen.merge_states([(leaf, given[0].lse), given[1]]).out.sum().backward()
     assert leaf.grad is not None
     with torch.no_grad():
-        assert torch.equal(hydragen.merge_states([(leaf, given[0].lse), given[1]]).out, merged.out)
-    compiled = torch.compile(hydragen.merge_states, fullgraph=True)(given)
-    torch.testing.assert_close(compiled.out, merged.out)
+        found = hydragen.merge_states([(leaf, given[0].lse), given[1]])
+    assert torch.equal(found.out, hydragen.merge_states(given).out)
 
 
 @pytest.mark.gpu

@@ -218,6 +218,32 @@ def test_splits_where_nothing_fits_beside_a_prefix_program(
     assert splits * -(-rows // tile.block_m) * heads[1] == programs
 
 
+@pytest.mark.parametrize(
+    ("levels", "special"),
+    [
+        ([[4096], [1024] * 8, [256] * 256], [True, True, False]),  # 1,024 and 128 rows: one launch for both
+        ([[4096], [1024] * 9, [256] * 288], [True, True, False]),
+        ([[4096], [1024] * 9, [256] * 144], [True, False, False]),  # 64 rows
+        ([[16384], [128] * 32], [True, False]),  # 128 rows alone, long
+        ([[4096], [128] * 32], [False, False]),  # with more traffic than compute beside it
+        ([[16384], [128] * 48], [False, False]),  # 192 rows: a quarter would be padding
+        ([[16384], [128] * 31], [False, False]),
+    ],
+)
+def test_which_segments_have_the_specialised_tile(levels: list[list[int]], special: list[bool]) -> None:
+    tree = PrefixTree.from_levels(levels)
+    queries = Queries.of(tree, np.arange(tree.num_rows), np.ones(tree.num_rows, np.int64))
+    assert tree.kv_lens is not None
+    segments, tiles = find_segments(tree, tree.kv_lens, queries, Heads(32, 8, 128, 128, 2), H200, False)
+    found = [tiles[index].prefix is not None for index in segments.tile]
+    of_level = np.repeat(np.arange(len(levels)), [len(level) for level in levels])
+    assert {(level, of) for level, of in zip(of_level.tolist(), found, strict=True)} == set(
+        enumerate(special)
+    )
+    other, tiles = find_segments(tree, tree.kv_lens, queries, Heads(32, 8, 96, 96, 2), H200, False)
+    assert not any(tiles[index].prefix for index in other.tile), "not measured"
+
+
 def test_what_runs_beside_is_hidden_by_free_multiprocessors_only() -> None:
     """More of them hide more, and what they do not hide comes afterwards."""
     busy, beside = 100e-6, 60e-6

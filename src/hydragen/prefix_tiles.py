@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 # The specialised tile pays from here on: below, most rows of its two consumers would be padding.
 _MIN_ROWS = 256
+# From here on at head_dim 128, the rows of its two consumers, where another segment has it anyway; alone,
+# where it is the fastest tile and no row is padding (docs/experiments.md, 33).
+ROWS_BESIDE = 128
 # At head_dim 256 from one consumer's rows on: the plain tile has room for 16 keys a step only.
 _MIN_ROWS_256 = 64
 
@@ -69,14 +72,14 @@ PREFIX_TILES: dict[str, PrefixTile] = {
 # (head_dim, head_dim_v) for which the choice below has been measured, and the plain tile is slower.
 _MEASURED = {(64, 64), (128, 128), (256, 256)}
 # Below this ratio of the memory traffic beside the prefix to its compute, nothing needs room beside it.
-_LITTLE_TRAFFIC = 0.72
+LITTLE_TRAFFIC = 0.72
 # Shares of the device's peak that the fastest tile and the one of two consumers beside others reach; the part
 # of the traffic that the latter does not hide; and the traffic of multiprocessors that the former leaves
 # free, over their share of the bandwidth (docs/experiments.md, 32).
 _WIDE, _NARROW, _NOT_HIDDEN, _FREE_SHARE = 0.85, 0.58, 0.265, 1.5
 # So much longer it may take by this count: it moves fewer partial results, and draws less power. With more
-# traffic than this it has not been measured.
-_WIDE_MAY, _MOST_TRAFFIC = 1.08, 1.5
+# traffic than this, or more of it left, it has not been measured.
+_WIDE_MAY, _MOST_TRAFFIC, _MOST_LEFT = 1.08, 1.5, 0.25
 
 
 def min_rows(head_dim: int) -> int:
@@ -122,7 +125,7 @@ def prefix_tile_for(
         return PREFIX_TILES["256"]  # the only one that fits
     if head_dim == 64:
         return replace(PREFIX_TILES["narrow+2"], persistent=True)
-    if traffic < _LITTLE_TRAFFIC:
+    if traffic < LITTLE_TRAFFIC:
         return replace(PREFIX_TILES["wide"], persistent=True)
     if num_blocks <= num_sms:
         return PREFIX_TILES["single"]
@@ -143,4 +146,4 @@ def _free_multiprocessors_do(traffic: float, num_blocks: int, num_sms: int) -> b
     left = traffic - min(traffic, wide * min(1.0, _FREE_SHARE * (1 - programs / num_sms)))
     compute = 1 / _NARROW
     narrow = max(compute, traffic) + _NOT_HIDDEN * min(compute, traffic)
-    return wide + left <= _WIDE_MAY * narrow
+    return left <= _MOST_LEFT * traffic and wide + left <= _WIDE_MAY * narrow

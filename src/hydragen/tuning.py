@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from hydragen.host_ints import IntArray
-from hydragen.prefix_tiles import PrefixTile, min_rows, prefix_tile_for
+from hydragen.prefix_tiles import LITTLE_TRAFFIC, ROWS_BESIDE, PrefixTile, min_rows, prefix_tile_for
 from hydragen.splits import stream_seconds
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile
@@ -114,9 +114,18 @@ def specialise(
     """
     num_kv_heads, head_dim, head_dim_v, itemsize = heads
     large = (rows >= min_rows(head_dim)).nonzero()[0]
+    others = rows >= ROWS_BESIDE
+    if large.size and head_dim == head_dim_v == 128:
+        # where there is a launch of it anyway, that is one launch less
+        large = others.nonzero()[0]
+    elif head_dim == head_dim_v == 128:
+        # no row of it is padding
+        large = (others & (rows % ROWS_BESIDE == 0)).nonzero()[0]
     if not large.size:
         return tiles, chosen
     compute, traffic = at_peak(all_keys, kv_lens, rows, large, heads, target)
+    if traffic >= LITTLE_TRAFFIC * compute and int(rows[large].max()) < min_rows(head_dim):
+        return tiles, chosen
     special = prefix_tile_for(
         target.arch,
         head_dim,

@@ -40,8 +40,8 @@ class Variant:
     """What is decided otherwise; None: as the library decides.
 
     `tile`: a name of ALL_TILES, or "plain"; `prefix_splits`: programs that share a prefix; `suffix_keys`:
-    keys of a suffix program; `suffix_heads`: its KV heads; `suffix_stages`: its steps in flight; `min_rows`: rows
-    from which on a segment has the specialised tile.
+    keys of a suffix program; `suffix_heads`: its KV heads; `suffix_stages`: its steps in flight; `min_rows`:
+    rows from which on a segment has the specialised tile.
     """
 
     name: str
