@@ -186,39 +186,6 @@ def test_heads_per_program_on_an_h200(
 
 
 @pytest.mark.parametrize(
-    ("heads", "batch", "prefix", "suffix", "splits", "programs"),
-    [
-        # a quarter of the multiprocessors is left to the suffix
-        ((32, 8), 64, 16384, 128, 6, 96),
-        ((32, 8), 128, 8192, 128, 3, 96),
-        ((32, 8), 128, 16384, 128, 3, 96),
-        ((32, 8), 64, 65536, 512, 6, 96),
-        ((8, 1), 512, 8192, 128, 3, 96),
-        # where more than one task a program would be needed for that, all are filled
-        ((32, 8), 256, 16384, 128, 2, 128),
-        ((32, 8), 256, 65536, 512, 2, 128),
-        # one split of the fastest tile on 80, the others for 335 MB and more of suffixes
-        ((40, 40), 256, 16256, 64, 1, 80),
-        ((40, 40), 256, 16256, 128, 1, 80),
-    ],
-)
-def test_splits_where_nothing_fits_beside_a_prefix_program(
-    heads: tuple[int, int], batch: int, prefix: int, suffix: int, splits: int, programs: int
-) -> None:
-    """As measured on an H200 (docs/experiments.md, 31 and 32)."""
-    tree = PrefixTree.from_levels([[prefix], [suffix] * batch])
-    queries = Queries.of(tree, np.arange(batch), np.ones(batch, np.int64))
-    assert tree.kv_lens is not None
-    segments, tiles = find_segments(tree, tree.kv_lens, queries, Heads(*heads, 128, 128, 2), H200, False)
-    tile = tiles[segments.tile[0]]
-    assert tile.prefix is not None
-    assert tile.prefix.beside == 0
-    assert -(-prefix // segments.split_size[0]) == splits
-    rows = batch * heads[0] // heads[1]
-    assert splits * -(-rows // tile.block_m) * heads[1] == programs
-
-
-@pytest.mark.parametrize(
     ("levels", "special"),
     [
         ([[4096], [1024] * 8, [256] * 256], [True, True, False]),  # 1,024 and 128 rows: one launch for both
