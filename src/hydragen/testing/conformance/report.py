@@ -6,8 +6,9 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from hydragen.testing.conformance.corners import FAMILIES
 from hydragen.testing.conformance.subject import Session, session
 from hydragen.testing.tally import COUNTS, Tally
 
@@ -25,6 +27,7 @@ HELD, FAILED, KNOWN, SKIPPED = "held", "FAILED", "fails, as known", "not tested"
 COUNTED = {"held": HELD, "FAILED": FAILED, "known to fail": KNOWN, "not tested": SKIPPED}
 # The test that passes because what is listed still fails
 STILL_FAILS = "known_failures_still_fail"
+_WORST = (FAILED, KNOWN, HELD, SKIPPED)
 
 
 @dataclass
@@ -40,6 +43,15 @@ class Law:
     problem: str = ""
     where: str = ""
     call: str = ""
+
+    def joined(self, before: Law) -> Law:
+        """One part of a law with those before it: the worst outcome, and what the first failure said."""
+        worst = min(self, before, key=lambda law: _WORST.index(law.outcome))
+        first = before if before.outcome == worst.outcome else worst
+        tally = Tally()
+        for part in (before, self):
+            tally.merge(part.tally.as_dict())
+        return replace(first, seconds=self.seconds + before.seconds, tally=tally)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: infinity is not a number there."""
@@ -81,8 +93,8 @@ class Report:
         reason = xfail or seen.get("reason", "")
         if report.outcome == "skipped" and xfail is None and isinstance(report.longrepr, tuple):
             reason = str(report.longrepr[2]).removeprefix("Skipped: ")
-        self.laws[report.nodeid] = Law(
-            seen["name"],
+        found = Law(
+            _whole(seen["name"]),
             seen["law"],
             outcome[report.outcome],
             report.duration,
@@ -90,6 +102,8 @@ class Report:
             reason,
             *(seen.get(name, "") for name in ("problem", "where", "call")),
         )
+        key = _whole(report.nodeid)
+        self.laws[key] = found if key not in self.laws else found.joined(self.laws[key])
 
     def total(self) -> Tally:
         """Of laws that hold: what fails, expected or not, says nothing of the rest."""
@@ -162,6 +176,11 @@ class Report:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _whole(name: str) -> str:
+    """A test's name without the part of `corners` that it is about."""
+    return re.sub(rf"-?(?:{'|'.join(FAMILIES)})-\d+", "", name).replace("[]", "")
 
 
 def _to_repeat() -> list[str]:
