@@ -61,6 +61,9 @@ class Account:
             self.may_grow
             and not self.packed_q
             and np.unique(ends).size == ends.size
+            and not any(
+                set(self.tree.path(row)[:-1].tolist()) & set(ends.tolist()) for row in range(ends.size)
+            )
             and bool((self.room[ends] > 0).all())
             and not (by_level and np.unique(self.tree.depth[ends]).size > 1)
         )

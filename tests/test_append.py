@@ -301,3 +301,26 @@ def test_caches_that_overlap_are_refused() -> None:
     plan.update([torch.full((3,), 2)])
     plan.append([(halves[:, 0], halves[:, 1])], new, 2 * new)
     assert halves[:, 0].sum() * 2 == halves[:, 1].sum() == 2 * new.numel() * 1
+
+
+def test_a_row_above_another_may_not_append() -> None:
+    """Its token would land in what the other row shares."""
+    tree = PrefixTree.from_levels([[10], [4, 4]], row_to_node=[0, 1, 2])
+    kv = PackedKV(torch.zeros(18, 2, 8), torch.zeros(18, 2, 8), [0, 10, 14, 18])
+    plan = hydragen.plan(tree, kv, num_q_heads=2, kv_lens=torch.tensor([5, 1, 1]))
+    plan.update(torch.tensor([6, 1, 1]))
+    new = torch.zeros(3, 1, 2, 8)
+    with pytest.raises(ValueError, match="got row 0 at node 0, above another row's; give it an empty node"):
+        plan.append(kv, new, new)
+    fine = PrefixTree.from_levels([[10], [4, 4]], row_to_node=[1, 2])
+    plan = hydragen.plan(fine, kv, num_q_heads=2, kv_lens=torch.tensor([5, 1, 1]))
+    plan.update(torch.tensor([5, 2, 1]))
+    plan.append(kv, new[:2], new[:2])
+
+
+def test_packed_queries_are_named_before_shapes() -> None:
+    tree = PrefixTree.from_parents([-1, -1], [4, 4])
+    kv = PackedKV(torch.zeros(8, 2, 8), torch.zeros(8, 2, 8), [0, 4, 8])
+    plan = hydragen.plan(tree, kv, num_q_heads=2, kv_lens=torch.tensor([1, 1]), cu_seqlens_q=[0, 1, 3])
+    with pytest.raises(ValueError, match="append needs queries in a batch"):
+        plan.append(kv, torch.zeros(2, 2, 2, 8), torch.zeros(2, 2, 2, 8))

@@ -65,3 +65,21 @@ def test_numbers_of_numpy_are_counted_as_pythons(kind: Any) -> None:
     )  # fmt: skip
     with pytest.raises(TypeError, match="q_len must be an integer"):
         hydragen.explain(tree, **(sizes | {"q_len": torch.tensor(2)}))
+
+
+def test_a_plan_on_a_cpu_is_explained_as_on_an_h200() -> None:
+    tree = PrefixTree.from_levels([[4096], [64] * 256])
+    k = torch.zeros(int(tree.kv_lens.sum()), 8, 128, dtype=torch.bfloat16)
+    plan = hydragen.plan(tree, hydragen.PackedKV(k, k, tree.kv_offsets), num_q_heads=32)
+    expected = hydragen.explain(tree, num_q_heads=32, num_kv_heads=8, head_dim=128)
+    assert plan.explain() == expected
+    assert expected.device == "H200"
+    assert "\nH200: predicted " in str(expected)
+
+
+def test_nothing_is_predicted_below_its_lower_bound() -> None:
+    for batch in (1, 64, 1024):
+        tree = PrefixTree.from_levels([[8192], [512] * batch])
+        for of in (tree, tree.unshared()):
+            found = hydragen.explain(of, num_q_heads=32, num_kv_heads=8, head_dim=128)
+            assert found.predicted_seconds >= found.seconds

@@ -79,6 +79,9 @@ class Explanation:
     predicted_seconds : float
         What the call should take with sharing, launches included, as a replayed graph; fitted to an H200.
     bytes, bytes_unshared, flops : int
+        Keys and values read with and without sharing; multiplications and additions of both products.
+    device : str
+        Whose peak and bandwidth count.
     """
 
     segments: tuple[SegmentCost, ...]
@@ -88,6 +91,7 @@ class Explanation:
     bytes: int
     bytes_unshared: int
     flops: int
+    device: str
 
     @property
     def speedup(self) -> float:
@@ -121,9 +125,9 @@ class Explanation:
             "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
         )
         return (
-            f"{table}\npredicted {self.predicted_seconds * 1e6:,.1f} us; at best, all overlapping, "
-            f"{self.seconds * 1e6:,.1f} us with sharing, {self.seconds_unshared * 1e6:,.1f} us without "
-            f"({self.speedup:.1f}x); "
+            f"{table}\n{self.device}: predicted {self.predicted_seconds * 1e6:,.1f} us; at best, all "
+            f"overlapping, {self.seconds * 1e6:,.1f} us with sharing, {self.seconds_unshared * 1e6:,.1f} us "
+            f"without ({self.speedup:.1f}x); "
             f"KV {self.bytes / 1e6:,.1f} MB read instead of {self.bytes_unshared / 1e6:,.1f} MB"
         )
 
@@ -182,11 +186,14 @@ def explain(
 
 
 def explanation(plan: WorkPlan) -> Explanation:
-    """Say what a plan does, and what that costs."""
-    work = plan.work
-    return _explanation(
-        plan.tree, plan.kv_lens, work.segments, work.tiles, plan.heads, plan.queries, plan.target
-    )
+    """Say what a plan does, and what that costs; of a plan on a CPU, what it would do on an H200."""
+    segments, tiles, target = plan.work.segments, plan.work.tiles, plan.target
+    if target.arch == 0:  # nobody plans for the speed of a CPU: what an H200 would do
+        target = H200
+        segments, tiles = find_segments(
+            plan.tree, plan.kv_lens, plan.queries, plan.heads, target, plan.batch_invariant
+        )
+    return _explanation(plan.tree, plan.kv_lens, segments, tiles, plan.heads, plan.queries, target)
 
 
 def _explanation(
@@ -221,14 +228,16 @@ def _explanation(
     flops, shared, unshared = (
         sum(getattr(c, name) for c in costs) for name in ("flops", "bytes", "bytes_unshared")
     )
+    least = _bound(flops, shared, target)[0]
     return Explanation(
         tuple(costs),
-        _bound(flops, shared, target)[0],
+        least,
         _bound(flops, unshared, target)[0],
-        predicted_seconds(segments, tiles, heads, queries.token.size, target),
+        max(least, predicted_seconds(segments, tiles, heads, queries.token.size, target)),
         shared,
         unshared,
         flops,
+        target.name or f"sm_{target.arch}",
     )
 
 

@@ -134,7 +134,7 @@ class Plan(NotCopied):
 
         Lengths, page numbers and offsets on the device are not read back: such an update waits for nothing
         and can be captured. A new tree is laid out on the host and copied over; it must fit the `reserve`.
-        torch.compile breaks its graph at an update: fullgraph=True is for `run`.
+        torch.compile breaks its graph at an update, and at an `append`: fullgraph=True is for `run`.
 
         Parameters
         ----------
@@ -193,9 +193,10 @@ class Plan(NotCopied):
     def append(self, kv: KV | tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
         """Write one layer's keys and values of the newest tokens to where the last `update` made room.
 
-        These are the tokens between a row's length before that update and its length since: so a sequence
-        that did not grow is not written to. It changes `kv`, which is what it is for; nothing waits for the
-        device, and it can be captured.
+        These are the tokens between a row's length before that update and its length since: none after a
+        second update with the same lengths, or after one with another tree or layout. Take tokens back by an
+        update of its own. It changes `kv`, which is what it is for; nothing waits for the device, and it can
+        be captured. In a function for torch.compile call ``torch.compiler.disable(plan.append)``.
 
         Parameters
         ----------
@@ -203,14 +204,16 @@ class Plan(NotCopied):
             The layer's keys and values, as for `run`.
         k : tensor [num_rows, q_len, num_kv_heads, head_dim]
         v : tensor [num_rows, q_len, num_kv_heads, head_dim_v]
-            Of row r's tokens as many as it grew by are written, from the first on. Let no row grow by more
-            than q_len: the rest of its room would stay as it is.
+            Of row r's tokens as many as it grew by are written, from the first on; let it be at most q_len.
+            Where it is less, pad k and v behind and `q` in front: for `run` a row's queries are the last of
+            its path.
 
         Raises
         ------
         TypeError, ValueError
-            If shapes do not fit; if gradients are asked for; if lengths are fixed; if rows do not end at
-            nodes of their own that have room and lie in one tensor.
+            If shapes do not fit; if gradients are asked for; if lengths are fixed; if queries are packed; if
+            rows do not end at nodes of their own, to which no other row attends, that have room and lie in
+            one tensor.
         """
         planned = self._planned
         cache_k, cache_v = check_append(planned, kv, k, v)
@@ -222,7 +225,8 @@ class Plan(NotCopied):
     def explain(self) -> Explanation:
         """Say what is batched, what is read with and without sharing, and which limit binds.
 
-        Lengths that live on the device are not read: their nodes count as full.
+        Lengths that live on the device are not read: their nodes count as full. Of a plan on a CPU, what it
+        would be on an H200.
         """
         return explanation(self._work)
 

@@ -130,15 +130,17 @@ def row_arrays(planned: Planned) -> list[IntArray]:
     Raise unless every row ends at a node of its own, with room, and all of these lie in one tensor.
     """
     ends, nodes = planned.tree.row_to_node, planned.nodes
-    if len(planned.q_shape) != 4:
-        raise ValueError(
-            f"append needs queries in a batch [num_rows, q_len, ...], got a plan for packed ones, "
-            f"{list(planned.q_shape)}; write to the tensors yourself"
-        )
     if np.unique(ends).size != ends.size:
         raise ValueError(
             "append needs every row to end at a node of its own, or writes would overlap, got rows that "
             "share one; fork the tree (PrefixTree.fork)"
+        )
+    shared = _above(planned.tree.parents, ends)[ends]
+    if shared.any():
+        at = int(shared.argmax())
+        raise ValueError(
+            f"append needs every row to end at a node to which no other row attends, got row {at} at node "
+            f"{ends[at]}, above another row's; give it an empty node below"
         )
     if ends.size and (nodes.capacity[ends] < 1).any():
         at = int((nodes.capacity[ends] < 1).argmax())
@@ -152,3 +154,14 @@ def row_arrays(planned: Planned) -> list[IntArray]:
             "in one PackedKV or PagedKV"
         )
     return [ends, nodes.slot[ends], nodes.capacity[ends]]
+
+
+def _above(parents: IntArray, ends: IntArray) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Return for each node whether it lies above one of `ends`."""
+    above = np.zeros(parents.size, dtype=np.bool_)
+    nodes = np.unique(parents[ends])
+    while (nodes := nodes[nodes >= 0]).size:
+        nodes = nodes[~above[nodes]]
+        above[nodes] = True
+        nodes = np.unique(parents[nodes])
+    return above

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -22,19 +22,22 @@ class Target:
         Half-precision matrix products, FLOP/s, as measured; an estimate where nobody has.
     bandwidth : float
         Device memory, bytes/s read and written, as measured; an estimate where nobody has.
+    name : str
+        For people.
     """
 
     arch: int
     num_sms: int
     flops: float
     bandwidth: float
+    name: str = field(default="", compare=False)
 
 
 # The interpreter runs programs one after another: few of them make small tests quick and still cross
 # every border (several tiles, splits, merges).
 INTERPRETER = Target(arch=0, num_sms=4, flops=1e9, bandwidth=1e9)
-H200 = Target(arch=90, num_sms=132, flops=790e12, bandwidth=4.31e12)
-H100 = Target(arch=90, num_sms=132, flops=790e12, bandwidth=3.0e12)
+H200 = Target(arch=90, num_sms=132, flops=790e12, bandwidth=4.31e12, name="H200")
+H100 = Target(arch=90, num_sms=132, flops=790e12, bandwidth=3.0e12, name="H100")
 
 
 def target_of(device: torch.device) -> Target:
@@ -51,4 +54,6 @@ def _cuda_target(index: int) -> Target:
         if name in properties.name and properties.multi_processor_count == known.num_sms:
             return known
     arch = properties.major * 10 + properties.minor
-    return Target(arch, properties.multi_processor_count, flops=300e12, bandwidth=2.0e12)
+    return Target(
+        arch, properties.multi_processor_count, flops=300e12, bandwidth=2.0e12, name=properties.name
+    )

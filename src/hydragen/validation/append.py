@@ -16,6 +16,11 @@ def check_append(
 ) -> tuple[Tensor, Tensor]:
     """Return the tensors that hold the keys and values of the rows' last nodes, if new ones fit them."""
     tensors, nodes = tensors_of_run(planned, kv), planned.nodes
+    if len(planned.q_shape) != 4:
+        raise ValueError(
+            f"append needs queries in a batch [num_rows, q_len, ...], got a plan for packed ones, "
+            f"{list(planned.q_shape)}; write to the tensors yourself"
+        )
     ends = planned.tree.row_to_node
     level = int(nodes.level[ends[0]]) if ends.size else 0
     where = f"kv[{level}]" if nodes.by_level else "kv"
