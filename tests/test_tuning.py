@@ -211,6 +211,24 @@ def test_which_segments_have_the_specialised_tile(levels: list[list[int]], speci
     assert not any(tiles[index].prefix for index in other.tile), "not measured"
 
 
+@pytest.mark.parametrize(
+    ("levels", "heads", "head_dim"),
+    [
+        ([[2048] * 200, [16] * 3200], 32, 256),
+        ([[2048] * 200, [16] * 3200], 32, 128),
+        ([[1024] * 400, [8] * 6400], 32, 128),
+    ],
+)
+def test_short_segments_do_not_count_as_long_ones(levels: list[list[int]], heads: int, head_dim: int) -> None:
+    """Many prefixes of few rows fill the device many times over: more splits would only be more partials."""
+    tree = PrefixTree.from_levels(levels)
+    queries = Queries.of(tree, np.arange(tree.num_rows), np.ones(tree.num_rows, np.int64))
+    assert tree.kv_lens is not None
+    of = Heads(heads, heads, head_dim, head_dim, 2)
+    segments, _ = find_segments(tree, tree.kv_lens, queries, of, H200, False)
+    assert (segments.split_size >= segments.kv_len).all()
+
+
 def test_what_runs_beside_is_hidden_by_free_multiprocessors_only() -> None:
     """More of them hide more, and what they do not hide comes afterwards."""
     busy, beside = 100e-6, 60e-6

@@ -77,7 +77,8 @@ def attention(
         int64) are never read back: they are clamped to the capacity. Default: the tree's lengths, else all
         tokens. What lies past a length is never used and may be NaN.
     cu_seqlens_q : integers [num_rows + 1], optional
-        Offsets of each row's tokens in packed q. On q's device it is not read back and needs `max_seqlen_q`.
+        Offsets of each row's tokens in packed q. On q's device it is not read back, needs `max_seqlen_q`, and
+        must end where q does: results of tokens behind the last offset are undefined.
     max_seqlen_q : int, optional
         The most query tokens of any row; needed only with `cu_seqlens_q` on a device.
     scale : float, optional

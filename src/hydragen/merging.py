@@ -13,6 +13,7 @@ from hydragen.validation.tensors import check_real
 from hydragen_reference import decomposed
 from hydragen_reference.segment import in_transform
 
+_MOST_FUSED = 16
 _FUSED = {torch.float16, torch.bfloat16, torch.float32}
 
 
@@ -20,8 +21,8 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
     """Merge attention over disjoint sets of keys into attention over all of them.
 
     Associative and commutative up to rounding; `(0, -inf)` is the identity; empty states alone give the empty
-    state. Gradients flow through `out` and `lse`. On a GPU one kernel does it, where no gradients are needed
-    and nothing is float64. Hydragen (arXiv 2402.05099), section 3.1.
+    state. Gradients flow through `out` and `lse`. On a GPU one kernel does it, for up to 16 states where no
+    gradients are needed and nothing is float64. Hydragen (arXiv 2402.05099), section 3.1.
 
     Parameters
     ----------
@@ -88,6 +89,8 @@ def _one_launch_does(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.d
     A compiler makes a kernel of PyTorch's operations by itself, and gradients need them.
     """
     out, lse = states[0]
+    if len(states) > _MOST_FUSED:  # more pointers than a launch takes
+        return False
     if not out.is_cuda or lse.dtype != torch.float32 or not {out.dtype, out_dtype} <= _FUSED:
         return False
     if torch.compiler.is_compiling() or in_transform() or find_spec("triton") is None:

@@ -148,8 +148,10 @@ def split_size(
             whole = math.ceil(keys / size / 0.95)
             busy = stream_seconds(whole, size * bytes_per_key, tile, target, 0, 0) + _PROGRAM_SECONDS
             busy += num_splits * _PARTIAL_SECONDS
-        else:
+        elif total < 8 * slots:
             busy = max(traffic, waves * (size * latency + _PROGRAM_SECONDS))
+        else:  # as many keys as there are, however long the longest segment is
+            busy = max(traffic, (keys * latency + total * _PROGRAM_SECONDS) / slots)
         return max(busy, beside) + num_splits * seconds_per_split
 
     best_time = seconds(1, best, int(programs.sum()))

@@ -12,25 +12,14 @@ from hydragen.backends.launch import INTERPRET, Launcher, alignment
 from hydragen.kernels.states import merge_states
 from hydragen.types import AttentionState
 
-# States that one launch reads: each has pointers and registers of its own.
-MOST_STATES = 16
+# States that one launch reads: each has pointers of its own.
+MOST_STATES = 16  # merging.py asks for no more
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS, _COLUMNS, _WARPS = 4, 256, 4
 
 
 def merge(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
-    """Merge states of one shape, one of `DTYPES` with float32 lse, on one device.
-
-    More than `MOST_STATES` are merged by groups, whose results stay in float32: in the same groups always, so
-    that bits do not change from run to run.
-    """
-    while len(states) > MOST_STATES:
-        groups = [states[i : i + MOST_STATES] for i in range(0, len(states), MOST_STATES)]
-        states = [_merge(group, torch.float32) for group in groups]
-    return _merge(states, out_dtype)
-
-
-def _merge(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
+    """Merge up to `MOST_STATES` states of one shape, one of `DTYPES` with float32 lse, on one device."""
     first = states[0][0]
     out = torch.empty(first.shape, dtype=out_dtype, device=first.device)
     lse = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)

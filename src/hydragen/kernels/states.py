@@ -32,20 +32,23 @@ def merge_states(
     row_ok = row < num_rows
     column = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     mask = row_ok[:, None] & (column < HEAD_DIM_V)[None, :]
-    # [BLOCK_R]; asked for twice, the second time from a cache
+    # [BLOCK_R]; asked for three times, then from a cache
     largest = tl.load(lses[0] + row * lse_strides[0], mask=row_ok, other=0.0)
     for i in tl.static_range(1, len(lses)):
         largest = _higher(largest, tl.load(lses[i] + row * lse_strides[i], mask=row_ok, other=0.0))
     pivot = _bounded(largest)
     total = tl.zeros([BLOCK_R], tl.float32)
+    for i in tl.static_range(len(lses)):
+        lse = tl.load(lses[i] + row * lse_strides[i], mask=row_ok, other=0.0)
+        total += tl.math.exp2((_bounded(lse) - pivot) * LOG2_E)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     for i in tl.static_range(len(lses)):
         lse = tl.load(lses[i] + row * lse_strides[i], mask=row_ok, other=0.0)
-        weight = tl.math.exp2((_bounded(lse) - pivot) * LOG2_E)
+        # at most 1, so that nothing overflows which is not too large itself
+        weight = tl.math.exp2((_bounded(lse) - pivot) * LOG2_E) / total
         part = tl.load(outs[i] + row[:, None] * out_strides[i] + column[None, :], mask=mask, other=0.0)
         acc += weight[:, None] * part.to(tl.float32)
-        total += weight
-    out = round_to(acc / total[:, None], out_ptr.dtype.element_ty, INTERPRET)
+    out = round_to(acc, out_ptr.dtype.element_ty, INTERPRET)
     tl.store(out_ptr + row[:, None] * HEAD_DIM_V + column[None, :], out, mask=mask)
     # the largest keeps its infinity here: -inf where all states are empty
     tl.store(lse_ptr + row, largest + tl.log(total), mask=row_ok & (tl.program_id(1) == 0))
