@@ -88,7 +88,8 @@ reason = "holds, in fact"
 law = "out_is_linear_in_v"
 reason = "not of interest"
 """
-LAWS = 14
+LAWS = 17
+OF_PAGES = 2
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,8 @@ def right(home):
 
 def test_a_right_function_holds_every_law(right):
     assert right.returncode == 0, right.stdout
-    assert f"{LAWS - 1} laws held, 0 failed, 0 known to fail, 1 not tested" in right.stdout
+    held = f"{LAWS - OF_PAGES} laws held, 0 failed, 0 known to fail, {OF_PAGES} not tested"
+    assert held in right.stdout
     assert "not a capability: paged" in right.stdout
 
 
@@ -138,10 +140,12 @@ def test_the_header_says_what_is_tested_and_how_to_repeat_it(right):
 
 def test_the_report_as_json_and_junit(right, home):
     report = json.loads((home / "r.json").read_text())
-    assert report["counts"] == {"held": LAWS - 1, "FAILED": 0, "known to fail": 0, "not tested": 1}
+    assert report["counts"] == {
+        "held": LAWS - OF_PAGES, "FAILED": 0, "known to fail": 0, "not tested": OF_PAGES,
+    }  # fmt: skip
     assert set(report["worst_over_budget"]) == {"float32", "float16"}
     assert all(0 < ratio < 1 for of in report["worst_over_budget"].values() for ratio in of.values())
-    assert report["cases"] == sum(law["cases"] for law in report["laws"]) > 15 * (LAWS - 3)
+    assert report["cases"] == sum(law["cases"] for law in report["laws"]) > 15 * (LAWS - 6)
     first = next(law for law in report["laws"] if law["law"] == "out_and_lse_match_the_oracle")
     assert first["cases"] == 15
     cases = ET.parse(home / "r.xml").getroot().iter("testcase")
@@ -228,7 +232,13 @@ def test_a_module_in_the_current_folder_is_found(home):
 def test_a_narrow_function_of_one_argument(home):
     narrow = suite(home, "narrow")
     assert narrow.returncode == 0, narrow.stdout
-    assert "7 laws held" in narrow.stdout or "6 laws held" in narrow.stdout, narrow.stdout
+    assert " laws held, 0 failed" in narrow.stdout, narrow.stdout
+    for law in (
+        "corners_match_the_oracle ",
+        "permuting_rows_permutes_results",
+        "equal_heads_may_lie_in_one_place",
+    ):
+        assert re.search(rf"^{law} +held", narrow.stdout, re.MULTILINE), narrow.stdout
     assert "not a capability: trees" in narrow.stdout
 
 
