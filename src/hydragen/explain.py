@@ -185,10 +185,10 @@ def explain(
     return _explanation(tree, lens, segments, tiles, heads, queries, target)
 
 
-def explanation(plan: WorkPlan) -> Explanation:
-    """Say what a plan does, and what that costs; of a plan on a CPU, what it would do on an H200."""
+def explanation(plan: WorkPlan, runs_tiles: bool = True) -> Explanation:
+    """Say what a plan does, and what that costs; of one whose tiles nobody runs, what an H200 would do."""
     segments, tiles, target = plan.work.segments, plan.work.tiles, plan.target
-    if target.arch == 0:  # nobody plans for the speed of a CPU: what an H200 would do
+    if not runs_tiles:
         target = H200
         segments, tiles = find_segments(
             plan.tree, plan.kv_lens, plan.queries, plan.heads, target, plan.batch_invariant

@@ -225,10 +225,10 @@ class Plan(NotCopied):
     def explain(self) -> Explanation:
         """Say what is batched, what is read with and without sharing, and which limit binds.
 
-        Lengths that live on the device are not read: their nodes count as full. Of a plan on a CPU, what it
-        would be on an H200.
+        Lengths that live on the device are not read: their nodes count as full. Of the reference on a CPU,
+        what it would be on an H200.
         """
-        return explanation(self._work)
+        return explanation(self._work, self._backend.RUNS_TILES or self._device.type != "cpu")
 
     def __repr__(self) -> str:
         room = "" if self._capacity is None else f", room for {self._capacity.nodes} nodes"

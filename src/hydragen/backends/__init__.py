@@ -18,7 +18,12 @@ Ready = Callable[[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]
 
 
 class Backend(Protocol):
-    """What every backend can do."""
+    """What every backend can do.
+
+    RUNS_TILES : whether it computes in the tiles of the plan.
+    """
+
+    RUNS_TILES: bool
 
     def run(self, plan: WorkPlan, call: Call, tokens: Tokens | None = None) -> AttentionState:
         """Compute one planned call; `lse` may be empty unless `call.options.return_lse`.

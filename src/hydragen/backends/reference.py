@@ -17,6 +17,7 @@ from hydragen.validation import Call
 from hydragen.work import WorkPlan
 from hydragen_reference import decomposed
 
+RUNS_TILES = False
 # Shorter segments of a packed tensor are copied side by side and attended together; longer ones one by one.
 _COPY_UP_TO = 512
 

@@ -20,6 +20,7 @@ from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
+RUNS_TILES = True
 # Kinds of calls that a plan remembers the launches of.
 _MOST_LAUNCHES = 256
 
