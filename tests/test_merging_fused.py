@@ -130,8 +130,6 @@ def test_gradients_on_a_gpu_do_without_the_kernel(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_more_rows_than_32_bits_can_place(device: torch.device) -> None:
     rows = 2**31 // 64 + 3
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GiB of the GPU's memory")
     a = torch.ones(1, 64, dtype=torch.float16, device=device).expand(rows, 64)
     b = torch.full((rows, 64), 3.0, dtype=torch.float16, device=device)
     lse = torch.zeros(1, device=device).expand(rows)

@@ -13,9 +13,6 @@ from hydragen.validation.tensors import check_real
 from hydragen_reference import decomposed
 from hydragen_reference.segment import in_transform
 
-_MOST_FUSED = 16
-_FUSED = {torch.float16, torch.bfloat16, torch.float32}
-
 
 def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> AttentionState:
     """Merge attention over disjoint sets of keys into attention over all of them.
@@ -74,31 +71,26 @@ def merge_states(states: Sequence[AttentionState | tuple[Tensor, Tensor]]) -> At
 def combine(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
     """Merge states that fit together, `out` rounded once, to `out_dtype`."""
     out, lse = states[0]
-    if _one_launch_does(states, out_dtype):
+    if _kernels_may(states):
         from hydragen.backends import states as fused  # noqa: PLC0415 (the library works without triton)
 
-        return fused.merge(states, out_dtype)
+        if fused.serves(states, out_dtype):
+            return fused.merge(states, out_dtype)
     wide = torch.float64 if torch.float64 in (out.dtype, lse.dtype) else torch.float32
     merged = decomposed.merge_states([decomposed.State(*(x.to(wide) for x in state)) for state in states])
     return AttentionState(merged.out.to(out_dtype), merged.lse.to(lse.dtype))
 
 
-def _one_launch_does(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> bool:
-    """Whether the kernel serves these: on a GPU, no float64, nothing that PyTorch must see into.
+def _kernels_may(states: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether a kernel may compute it: on a GPU, with nothing that PyTorch must see into.
 
     A compiler makes a kernel of PyTorch's operations by itself, and gradients need them.
     """
-    out, lse = states[0]
-    if len(states) > _MOST_FUSED:  # more pointers than a launch takes
-        return False
-    if not out.is_cuda or lse.dtype != torch.float32 or not {out.dtype, out_dtype} <= _FUSED:
-        return False
-    if torch.compiler.is_compiling() or in_transform() or find_spec("triton") is None:
+    if not states[0][0].is_cuda or torch.compiler.is_compiling() or in_transform():
         return False
     tensors = [x for state in states for x in state]
-    return all(type(x) is Tensor for x in tensors) and not (
-        torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    )
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return all(type(x) is Tensor for x in tensors) and not differentiated and find_spec("triton") is not None
 
 
 def check_state(state: object, name: str) -> tuple[Tensor, Tensor]:

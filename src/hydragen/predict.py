@@ -7,16 +7,15 @@ replay of a CUDA graph. For other devices the same shares of their peaks are ass
 from __future__ import annotations
 
 from hydragen.layout import Segments
+from hydragen.prefix_tiles import BESIDE_SHARE, NOT_HIDDEN
 from hydragen.queries import Heads
 from hydragen.target import Target
 from hydragen.tiles import Tile
 
 # Seconds from the beginning of the first launch to the end of the last, without work.
 _LAUNCHES = 8e-6
-# Shares of the peak: arithmetic of the fastest tile, of other specialised ones, of the plain one; memory.
-_WIDE, _SPECIALISED, _PLAIN, _MEMORY = 0.83, 0.58, 0.45, 1.07
-# The part of the shorter of the two, arithmetic and memory traffic, that the longer one does not hide.
-_NOT_HIDDEN = 0.265
+# Shares of the peak: arithmetic of the fastest tile and of the plain one; memory.
+_WIDE, _PLAIN, _MEMORY = 0.83, 0.45, 1.07
 # Partial results are written and read again while little else runs.
 _PARTIALS = 2.7
 
@@ -44,11 +43,11 @@ def predicted_seconds(
         if tile.block_m > 16:
             special = tile.prefix is not None
             wide = tile.prefix is not None and tile.prefix.block_n == 128
-            share = _WIDE if wide else _SPECIALISED if special else _PLAIN
+            share = _WIDE if wide else BESIDE_SHARE if special else _PLAIN
             arithmetic += float((keys * tokens).sum()) * 2 * heads.num_q_heads * dims / share
     splits = -(-segments.kv_len // segments.split_size)
     partials = float((splits * segments.num_tok).sum()) * (heads.head_dim_v + 1) * 8
     results = num_tokens * heads.head_dim_v * heads.itemsize
     compute, memory = arithmetic / target.flops, traffic / (_MEMORY * target.bandwidth)
     merging = _PARTIALS * (partials + results) * heads.num_q_heads / target.bandwidth
-    return _LAUNCHES + max(compute, memory) + _NOT_HIDDEN * min(compute, memory) + merging
+    return _LAUNCHES + max(compute, memory) + NOT_HIDDEN * min(compute, memory) + merging

@@ -73,10 +73,10 @@ PREFIX_TILES: dict[str, PrefixTile] = {
 _MEASURED = {(64, 64), (128, 128), (256, 256)}
 # Below this ratio of the memory traffic beside the prefix to its compute, nothing needs room beside it.
 LITTLE_TRAFFIC = 0.72
-# Shares of the device's peak that the fastest tile and the one of two consumers beside others reach; the part
-# of the traffic that the latter does not hide; and the traffic of multiprocessors that the former leaves
-# free, over their share of the bandwidth (docs/experiments.md, 32).
-_WIDE, _NARROW, _NOT_HIDDEN, _FREE_SHARE = 0.85, 0.58, 0.265, 1.5
+# Shares of the device's peak that the fastest tile, and specialised ones beside others, reach; the part of
+# the shorter of arithmetic and traffic that the longer does not hide; and what multiprocessors read that are
+# free meanwhile, over their share of the memory's bandwidth (docs/experiments.md, 14, 31 and 32).
+WIDE_SHARE, BESIDE_SHARE, NOT_HIDDEN, _FREE_SHARE = 0.85, 0.58, 0.265, 1.5
 # So much longer it may take by this count: it moves fewer partial results, and draws less power. With more
 # traffic than this, or more of it left, it has not been measured.
 _WIDE_MAY, _MOST_TRAFFIC, _MOST_LEFT = 1.08, 1.5, 0.25
@@ -134,6 +134,16 @@ def prefix_tile_for(
     return replace(PREFIX_TILES["narrow+2"], persistent=True)
 
 
+def left_over(traffic: float, busy: float, programs: int, num_sms: int) -> float:
+    """Return what is left of other launches' `traffic` when one that nothing fits beside has ended.
+
+    Both times in the same unit; `busy` is how long the launch takes. Only multiprocessors that it leaves
+    free work on the rest.
+    """
+    free = max(0.0, 1 - programs / num_sms)
+    return traffic - min(traffic, busy * min(1.0, _FREE_SHARE * free))
+
+
 def _free_multiprocessors_do(traffic: float, num_blocks: int, num_sms: int) -> bool:
     """Whether the fastest tile, unsplit, leaves so many multiprocessors free that it is the best after all.
 
@@ -142,8 +152,8 @@ def _free_multiprocessors_do(traffic: float, num_blocks: int, num_sms: int) -> b
     programs = -(-num_blocks // 2)
     if programs >= num_sms or traffic > _MOST_TRAFFIC:
         return False
-    wide = num_sms / (programs * _WIDE)
-    left = traffic - min(traffic, wide * min(1.0, _FREE_SHARE * (1 - programs / num_sms)))
-    compute = 1 / _NARROW
-    narrow = max(compute, traffic) + _NOT_HIDDEN * min(compute, traffic)
+    wide = num_sms / (programs * WIDE_SHARE)
+    left = left_over(traffic, wide, programs, num_sms)
+    compute = 1 / BESIDE_SHARE
+    narrow = max(compute, traffic) + NOT_HIDDEN * min(compute, traffic)
     return left <= _MOST_LEFT * traffic and wide + left <= _WIDE_MAY * narrow

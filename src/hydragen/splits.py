@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hydragen.host_ints import IntArray
+from hydragen.prefix_tiles import WIDE_SHARE, left_over
 from hydragen.target import Target
 from hydragen.tiles import Tile
 
@@ -22,12 +23,9 @@ _PROGRAM_SECONDS = 3e-6
 _PARTIAL_SECONDS = 0.04e-6
 # Share of the device's peak that a compute-bound tile reaches.
 _COMPUTE_EFFICIENCY = 0.6
-# The same of the tile that nothing fits beside.
-_EXCLUSIVE_EFFICIENCY = 0.85
-# What multiprocessors that are free meanwhile read, over their share of the memory's bandwidth; what the rest
-# takes beyond its traffic where it runs afterwards; and the part of it that is slow to end, as its programs
-# share the few multiprocessors that were free. Fitted to docs/experiments.md, 31 and 32.
-_FREE_SHARE = 1.5
+# What other launches take beyond their traffic where they run after one that nothing fits beside; and the
+# part of them that is slow to end, as its programs share the few multiprocessors that were free. Fitted to
+# docs/experiments.md, 31 and 32.
 _AFTERWARDS_SECONDS = 8e-6
 _SLOW_END = 0.25
 # Bytes per second that one program of the smallest tile streams: what it has in flight over the latency of
@@ -84,8 +82,7 @@ def exclusive_seconds(busy: float, programs: int, beside: float, target: Target)
         Seconds of memory traffic of all others.
     """
     alone = beside + _AFTERWARDS_SECONDS
-    free = max(0.0, 1 - programs / target.num_sms)
-    left = alone - min(alone, busy * min(1.0, _FREE_SHARE * free))
+    left = left_over(alone, busy, programs, target.num_sms)
     return busy + left + min(left, _SLOW_END * alone)
 
 
@@ -128,7 +125,7 @@ def split_size(
         return best
     slots = target.num_sms * (1 if beside and tile.block_m > 16 else tile.resident)
     exclusive = beside > 0 and tile.prefix is not None and tile.prefix.beside == 0
-    efficiency = _EXCLUSIVE_EFFICIENCY if exclusive else _COMPUTE_EFFICIENCY
+    efficiency = WIDE_SHARE if exclusive else _COMPUTE_EFFICIENCY
     compute = flops_per_key * slots / (efficiency * target.flops)  # seconds per key of a busy device
     latency = bytes_per_key / _PROGRAM_BANDWIDTH  # seconds per key of a program alone
     keys = int(programs.dot(kv_lens))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from exact import Truth, assert_exact, solve
+from facts import machine
 from shapes import Inputs, Shape, build, shape
 from timing import GpuTimer, sample
 
@@ -40,8 +41,8 @@ class Variant:
     """What is decided otherwise; None: as the library decides.
 
     `tile`: a name of ALL_TILES, or "plain"; `prefix_splits`: programs that share a prefix; `suffix_keys`:
-    keys of a suffix program; `suffix_heads`: its KV heads; `suffix_stages`: its steps in flight; `min_rows`:
-    rows from which on a segment has the specialised tile.
+    keys of a suffix program; `suffix_heads`: its KV heads; `min_rows`: rows from which on a segment has
+    the specialised tile.
     """
 
     name: str
@@ -50,7 +51,6 @@ class Variant:
     prefix_splits: int | None = None
     suffix_keys: int | None = None
     suffix_heads: int | None = None
-    suffix_stages: int | None = None
     min_rows: int | None = None
 
 
@@ -62,19 +62,6 @@ MORE_TILES = {
 ALL_TILES = prefix_tiles.PREFIX_TILES | MORE_TILES
 PLAIN = Variant("as it is")
 
-
-def splits(*counts: int) -> list[Variant]:
-    """What is chosen now, and other numbers of programs that share a prefix."""
-    return [PLAIN, *(Variant(f"{n} splits", prefix_splits=n) for n in counts)]
-
-
-# Where nothing fits beside a prefix program, fewer of them leave multiprocessors to the suffix; and a ring of
-# more or fewer stages for the small tile, whose loads wait beside the suffix's.
-RINGS = [
-    PLAIN,
-    Variant("single, 4 stages", "single, 4 stages"),
-    Variant("single, 2 stages", "single, 2 stages"),
-]
 # One kind of tile for several levels, where some have fewer rows than pay for the specialised one alone.
 LEVELS = [
     PLAIN,
@@ -117,13 +104,8 @@ def deciding(variant: Variant) -> Iterator[None]:
             raise ImportError(f"this Triton has no Gluon as the kernel needs it: {WHY_NOT}")
         tile = replace(ALL_TILES[variant.tile], persistent=variant.persistent)
 
-    def tiles(*given: Any) -> Any:
-        small, *rest = tiles_for(*given)
-        return (replace(small, num_stages=variant.suffix_stages or small.num_stages), *rest)
-
-    tiles_for = work.tiles_for
     with ExitStack() as stack:
-        instead = {"split_size": chosen_splits, "heads_per_program": heads, "tiles_for": tiles}
+        instead = {"split_size": chosen_splits, "heads_per_program": heads}
         for name, function in instead.items():
             stack.enter_context(set_to(work, name, function))
         if variant.tile is not None:
@@ -255,7 +237,8 @@ def main() -> int:
                 say(f"  {entry['variant']:34}FAILED {entry['failed']}")
     out = Path("out")
     out.mkdir(exist_ok=True)
-    (out / "try_prefix_tiles.json").write_text(json.dumps(everything, indent=1))
+    found = {"machine": machine(torch.device("cuda")), "found": everything}
+    (out / "try_prefix_tiles.json").write_text(json.dumps(found, indent=1))
     return any("failed" in entry for entry in everything)
 
 

@@ -13,13 +13,25 @@ from hydragen.kernels.states import merge_states
 from hydragen.types import AttentionState
 
 # States that one launch reads: each has pointers of its own.
-MOST_STATES = 16  # merging.py asks for no more
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_STATES = 16
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 _ROWS, _COLUMNS, _WARPS = 4, 256, 4
 
 
+def serves(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> bool:
+    """Whether `merge` takes so many states of these dtypes."""
+    out, lse = states[0]
+    return len(states) <= _MOST_STATES and lse.dtype == torch.float32 and {out.dtype, out_dtype} <= _DTYPES
+
+
 def merge(states: Sequence[tuple[Tensor, Tensor]], out_dtype: torch.dtype) -> AttentionState:
-    """Merge up to `MOST_STATES` states of one shape, one of `DTYPES` with float32 lse, on one device."""
+    """Merge states that it `serves`, of one shape and dtype on one device.
+
+    Parameters
+    ----------
+    states : pairs of out [..., head_dim_v] and lse float32 [...], natural log
+    out_dtype : that of the result's `out`
+    """
     first = states[0][0]
     out = torch.empty(first.shape, dtype=out_dtype, device=first.device)
     lse = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)

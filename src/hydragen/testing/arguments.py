@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
+from typing import TypeGuard
 
 
 def integers(name: str, values: object) -> tuple[int, ...]:
@@ -33,7 +34,7 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
     """
     if not _is_integer(value):
         raise TypeError(f"{name} must be an integer, got {_shown(value)}; convert it with int()")
-    number: int = int(value)  # type: ignore[call-overload]  # checked above
+    number = int(value)
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {reprlib.repr(number)}; choose a larger one")
     if most is not None and number > most:
@@ -65,7 +66,7 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {_shown(value)}; convert it with bool()")
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[numbers.Integral]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 
+from hydragen.testing.conformance.known import Entry
 from hydragen.testing.conformance.options import (
     EXAMPLES,
     check_equals_signs,
@@ -222,14 +223,14 @@ def pytest_runtest_makereport(
         why = entry.unlike(error)
     elif entry and entry.fails and error is None and report.outcome == "failed" and call.when == "call":
         why = entry.repaired()
-    listed = getattr(item, "callspec", None) and item.callspec.params.get("known_failure")  # type: ignore[attr-defined]
+    params: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]  # it is a function
+    listed: Entry | None = params.get("known_failure")
     if listed and error:
         why = str(error) if isinstance(error, pytest.fail.Exception) else listed.unlike(error)
     tally = item.stash.get(_TALLY, Tally())
     seen: dict[str, Any] = {"law": _law(item), "name": _name(item), "reason": why, **tally.as_dict()}
     if error is not None and not isinstance(error, pytest.fail.Exception):
-        implementation = item.callspec.params["implementation"]  # type: ignore[attr-defined]  # it is a function
-        seen |= smallest(implementation, tally, error)
+        seen |= smallest(params["implementation"], tally, error)
     report.conformance = seen  # type: ignore[attr-defined]  # plain values: xdist carries them along
     if call.when == "call":  # for JUnit, which takes them from the item when it ends
         item.user_properties.append(("cases", tally.cases))
