@@ -1,0 +1,105 @@
+"""The tile of few_rows.py for what sequences have of their own, beside the library's prefix tiles.
+
+    PYTHONPATH=src:reference python tests/bench/try_few_rows.py              # everything, about a minute
+    PYTHONPATH=src:reference python tests/bench/try_few_rows.py "B256 P2048"   # shapes that match
+
+Checked and timed as try_prefix_tiles.py does. What each variant was expected to give stands in
+docs/experiments.md.
+"""
+
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from few_rows import ROWS, attend_few
+from shapes import shape
+from timing import GpuTimer, sample
+from try_prefix_tiles import PLAIN, Problem, Variant, checked, deciding, say, set_to
+
+from hydragen.backends import triton
+from hydragen.backends.launch import LOG2_E, Launcher
+from hydragen.layout import ITEM_COLUMNS
+
+# name -> keys a step, registers a thread
+FEW = {"32 keys": (32, 200), "16 keys": (16, 144)}
+# shape -> the prefix tile beside it
+SHAPES = {
+    "32/8 B1024 P4096 S128": "narrow+2",
+    "32/8 B1024 P16 S128": None,
+    "32/8 B256 P2048 S64": "single",
+    "32/8 B64 P4096 S128": "single",
+    "32/32 B256 P16 S128": None,
+    "32/32 B256 P4096 S128": "narrow+2",
+}
+
+
+class FewRows:
+    """A launch of the tile; its tensors are those of `kernels.attend.attend`."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
+        q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, token, _, _, kv_lens, _ = tensors
+        self._launcher((q, ks, vs, out, lse, part_out, part_lse, sinks, items, token, kv_lens), aligned)
+
+
+@contextmanager
+def few_rows(block_n: int, registers: int) -> Iterator[None]:
+    """Let the tile serve every launch of the smallest tile for one KV head with at most ROWS rows."""
+    before = triton.attend_launcher
+
+    def launcher(plan: Any, call: Any, tokens: Any, index: int) -> Any:
+        launch, heads, options = plan.work.launches[index], plan.heads, call.options
+        most = int(launch.items[:, ITEM_COLUMNS.index("num_tok")].max()) * heads.group_size
+        if launch.heads > 1 or launch.tile.block_m > 16 or launch.has_runs or most > ROWS.value:
+            return before(plan, call, tokens, index)
+        kn, kt, kh, _ = zip(*call.nodes.k_strides, strict=True)
+        vn, vt, vh, _ = zip(*call.nodes.v_strides, strict=True)
+        q, final, pdl = call.q, plan.work.final, len(plan.work.launches) + (not plan.work.final) > 1
+        numbers = (
+            *(heads.num_kv_heads, q.shape[1] if q.dim() == 4 else 1, options.scale * LOG2_E),
+            *(q.stride(0), q.stride(1) if q.dim() == 4 else 0, q.stride(-2), kn, kt, kh, vn, vt, vh),
+        )
+        constants = (
+            *(heads.group_size, heads.head_dim, heads.head_dim_v, block_n, True, heads.num_kv_heads),
+            *(tokens.token is not None, tokens.kv_lens is not None, False, options.return_lse, final, pdl),
+        )
+        grid = (launch.items.shape[0] * heads.num_kv_heads, 1, 1)
+        how = {"num_warps": 1, "maxnreg": registers, "launch_pdl": pdl and index > 0}
+        kinds = (q.dtype, len(kn), q.device)
+        return FewRows(Launcher(attend_few, grid, numbers, constants, how, kinds))
+
+    with set_to(triton, "attend_launcher", launcher):
+        yield
+
+
+def main() -> None:
+    """Try all shapes whose name matches."""
+    pattern, timer = sys.argv[1] if len(sys.argv) > 1 else "", GpuTimer()
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for name, tile in SHAPES.items():
+        if not re.search(pattern, name):
+            continue
+        problem = Problem.of(shape(name))
+        plan = problem.plan()
+        graph, out = checked(timer, problem, plan, PLAIN.name)
+        graphs, held = {PLAIN.name: graph}, [(plan, out)]
+        for few, how in FEW.items():
+            variant = Variant(few, tile, persistent=tile == "narrow+2", suffix_heads=1)
+            with deciding(variant), few_rows(*how):
+                plan = problem.plan()
+                graphs[few], out = checked(timer, problem, plan, few)
+            held.append((plan, out))
+        times = sample(timer, graphs)
+        found = ", ".join(f"{few} {statistics.median(of) * 1e6:.1f} us" for few, of in times.items())
+        say(f"{name}  roof {problem.case.roof_us:.1f}: {found}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
