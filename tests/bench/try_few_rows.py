@@ -1,4 +1,4 @@
-"""The tile of few_rows.py for what sequences have of their own, beside the library's prefix tiles.
+"""The tiles of few_rows.py and few_rows_tma.py for what sequences have of their own, beside prefix tiles.
 
     PYTHONPATH=src:reference python tests/bench/try_few_rows.py              # everything, about a minute
     PYTHONPATH=src:reference python tests/bench/try_few_rows.py "B256 P2048"   # shapes that match
@@ -16,16 +16,25 @@ from typing import Any
 
 import torch
 from few_rows import ROWS, attend_few
+from few_rows_tma import attend_few as attend_few_tma
 from shapes import shape
 from timing import GpuTimer, sample
 from try_prefix_tiles import PLAIN, Problem, Variant, checked, deciding, say, set_to
 
 from hydragen.backends import triton
 from hydragen.backends.launch import LOG2_E, Launcher
+from hydragen.backends.prefix import PrefixLauncher, levels_of
 from hydragen.layout import ITEM_COLUMNS
+from hydragen.prefix_tiles import PrefixTile
 
-# name -> keys a step, registers a thread
-FEW = {"32 keys": (32, 200), "16 keys": (16, 144)}
+# name -> keys a step, blocks of keys and of values in shared memory (0: they go into registers), registers
+FEW = {
+    "32 keys": (32, 0, 0, 200),
+    "16 keys": (16, 0, 0, 144),
+    "TMA 2+3": (16, 2, 3, 128),
+    "TMA 2+2": (16, 2, 2, 96),
+    "TMA 3+4": (16, 3, 4, 128),
+}
 # shape -> the prefix tile beside it
 SHAPES = {
     "32/8 B1024 P4096 S128": "narrow+2",
@@ -49,8 +58,8 @@ class FewRows:
 
 
 @contextmanager
-def few_rows(block_n: int, registers: int) -> Iterator[None]:
-    """Let the tile serve every launch of the smallest tile for one KV head with at most ROWS rows."""
+def few_rows(block_n: int, k_stages: int, v_stages: int, registers: int) -> Iterator[None]:
+    """Let a tile serve every launch of the smallest tile for one KV head with at most ROWS rows."""
     before = triton.attend_launcher
 
     def launcher(plan: Any, call: Any, tokens: Any, index: int) -> Any:
@@ -58,21 +67,46 @@ def few_rows(block_n: int, registers: int) -> Iterator[None]:
         most = int(launch.items[:, ITEM_COLUMNS.index("num_tok")].max()) * heads.group_size
         if launch.heads > 1 or launch.tile.block_m > 16 or launch.has_runs or most > ROWS.value:
             return before(plan, call, tokens, index)
-        kn, kt, kh, _ = zip(*call.nodes.k_strides, strict=True)
-        vn, vt, vh, _ = zip(*call.nodes.v_strides, strict=True)
+        k_strides, v_strides = call.nodes.k_strides, call.nodes.v_strides
+        kn, kt, kh, _ = zip(*k_strides, strict=True)
+        vn, vt, vh, _ = zip(*v_strides, strict=True)
         q, final, pdl = call.q, plan.work.final, len(plan.work.launches) + (not plan.work.final) > 1
-        numbers = (
-            *(heads.num_kv_heads, q.shape[1] if q.dim() == 4 else 1, options.scale * LOG2_E),
-            *(q.stride(0), q.stride(1) if q.dim() == 4 else 0, q.stride(-2), kn, kt, kh, vn, vt, vh),
-        )
-        constants = (
-            *(heads.group_size, heads.head_dim, heads.head_dim_v, block_n, True, heads.num_kv_heads),
-            *(tokens.token is not None, tokens.kv_lens is not None, False, options.return_lse, final, pdl),
-        )
+        q_len, scale = q.shape[1] if q.dim() == 4 else 1, options.scale * LOG2_E
+        q_strides = (q.stride(0), q.stride(1) if q.dim() == 4 else 0, q.stride(-2))
+        sizes, given = (heads.head_dim, heads.head_dim_v, block_n), tokens.kv_lens is not None
+        gathers, lse = tokens.token is not None, options.return_lse
         grid = (launch.items.shape[0] * heads.num_kv_heads, 1, 1)
         how = {"num_warps": 1, "maxnreg": registers, "launch_pdl": pdl and index > 0}
         kinds = (q.dtype, len(kn), q.device)
-        return FewRows(Launcher(attend_few, grid, numbers, constants, how, kinds))
+        if k_stages == 0:
+            numbers: tuple[Any, ...] = (heads.num_kv_heads, q_len, scale, *q_strides, kn, kt, kh, vn, vt, vh)
+            constants = (
+                heads.group_size,
+                *sizes,
+                True,
+                heads.num_kv_heads,
+                gathers,
+                given,
+                False,
+                lse,
+                final,
+                pdl,
+            )
+            return FewRows(Launcher(attend_few, grid, numbers, constants, how, kinds))
+        levels = levels_of(launch)
+        k_rows, v_rows = (
+            tuple([s[level][0] // s[level][1] for level in levels]) for s in (k_strides, v_strides)
+        )
+        numbers = (grid[0], launch.items.shape[0], q_len, levels, k_rows, v_rows, scale, *q_strides, 0)
+        constants = (
+            *(heads.group_size, heads.num_kv_heads, *sizes, k_stages, v_stages),
+            *(gathers, given, final, False, lse, pdl, len(levels)),
+        )
+        tile = PrefixTile(block_n, k_stages, 1, registers, registers)
+        fetching = Launcher(attend_few_tma, grid, numbers, constants, how, kinds)
+        return PrefixLauncher(
+            fetching, before(plan, call, tokens, index), levels, tile, (k_strides, v_strides)
+        )
 
     with set_to(triton, "attend_launcher", launcher):
         yield
