@@ -64,21 +64,45 @@ def attend(
         )
     if layer is None:
         return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
-    if dropout:
-        raise ValueError(f"dropout must be 0 over a PrefixCache, got {dropout}; call model.eval()")
     if sliding_window is not None and sliding_window != layer.window:
         raise ValueError(
             f"layer {layer.index} must have the sliding window of its model's config, {layer.window}, got "
             f"{sliding_window}; make the cache for the model that uses it"
         )
+    options = {"scale": scaling, "window": layer.window, "softcap": softcap, "sinks": s_aux}
+    return _over_cache(module, layer, query, key, value, attention_mask, position_ids, dropout, options), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
+def _over_cache(
+    module: nn.Module, layer: PrefixLayer, query: Tensor, key: Any, value: Any, mask: Tensor | None,
+    position_ids: Tensor | None, dropout: float, options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Store a layer's new tokens and attend over its rows.
+
+    What rows hold is counted on the host: torch.compile leaves this out of its graphs.
+    """
+    if id(module) not in layer.modules:
+        raise ValueError(
+            f"a PrefixCache must be used with the model that it was made for, got a {type(module).__name__} "
+            "of another; prefill the prompt again: PrefixCache(model).prefill(ids)"
+        )
+    if dropout:
+        raise ValueError(f"dropout must be 0 over a PrefixCache, got {dropout}; call model.eval()")
+    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention does
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query = query.to(dtype)
+        if layer.latent:
+            key, value = key.to(dtype), value.to(dtype)
+        elif layer.incoming is not None:
+            layer.incoming = layer.incoming[0].to(dtype), layer.incoming[1].to(dtype)
     if layer.latent:
-        layer.store(key, value, position_ids, attention_mask)
+        layer.store(key, value, position_ids, mask)
     elif layer.incoming is not None:  # None where a layer reuses what another has stored
         k, v = layer.incoming
         layer.incoming = None
-        layer.store(k, v, position_ids, attention_mask)
-    options = {"scale": scaling, "window": layer.window, "softcap": softcap, "sinks": s_aux}
-    return read_levels(layer, query.transpose(1, 2), options), None
+        layer.store(k, v, position_ids, mask)
+    return read_levels(layer, query.transpose(1, 2), options)
 
 
 def read_as_usual(layer: PrefixLayer, q: Tensor, options: dict[str, Any]) -> Tensor:
@@ -107,14 +131,14 @@ def make_mask(
     use_vmap: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """Over a PrefixCache, which of the new tokens are no padding, bool [rows, tokens]; else sdpa's mask."""
+    """Over a PrefixCache, which tokens are no padding, bool [rows, all or new tokens]; else sdpa's mask."""
     if kv_length == 0:
         if use_vmap or not allow_is_causal_skip:
             raise ValueError(
                 "the model masks its attention in a way of its own (images, packed sequences, blocks), which "
                 'a PrefixCache cannot do; set_attn_implementation("sdpa") and an ordinary cache can'
             )
-        return None if attention_mask is None else attention_mask[:, -q_length:].bool()
+        return None if attention_mask is None else attention_mask.bool()
     if isinstance(q_offset, int) and q_offset > 0:
         _warn_once()
     mask: Tensor | None = sdpa_mask(

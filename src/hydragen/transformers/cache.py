@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from hydragen.host_ints import IntArray, as_int_vector, frozen
 from hydragen.transformers.layers import PrefixLayer
 from hydragen.transformers.levels import Level
 from hydragen.transformers.logits import LastLogits, Pending
 from hydragen.transformers.options import check_options
+from hydragen.transformers.protocol import CacheProtocol
 from hydragen.transformers.rows import Rows
 from hydragen.transformers.support import (
     attention_of,
@@ -25,6 +25,7 @@ from hydragen.transformers.support import (
     check_model,
     check_tokens,
     layer_windows,
+    stored_positions,
     text_config,
 )
 from hydragen.transformers.tokens import left_padded, row_groups, token_rows
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 8192
 
 
-class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transformers
+class PrefixCache(CacheProtocol):
     """A key-value cache in which rows share the tokens they have in common.
 
     Row r holds a path of shared tokens, stored once and read once per step for all rows, and a tail of its
@@ -61,18 +62,20 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._start(check_model(model), Rows.none(len(layer_windows(model)), model.device))
+        rows = Rows.none(len(layer_windows(check_model(model))), model.device, stored_positions(model))
+        self._start(model, rows, frozenset(map(id, model.modules())))
         self._weights = Weights()
         self._begin(LastLogits.none(0), Pending.none(0))
 
-    def _start(self, model: PreTrainedModel, rows: Rows) -> None:
-        self.model, self.rows = model, rows
+    def _start(self, model: PreTrainedModel, rows: Rows, modules: frozenset[int]) -> None:
+        self.model, self.rows, self._modules = model, rows, modules
         # Prefill wants no logits but the last ones; most models can leave the others out.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._only_last = {"logits_to_keep": 1} if keeps else {}
         latent, used = caches_latents(model), partial(attention_of, text_config(model))
         windows = enumerate(layer_windows(model))
-        super().__init__(layers=[PrefixLayer(i, rows, window, latent, used) for i, window in windows])
+        layers = [PrefixLayer(i, rows, window, latent, used, modules) for i, window in windows]
+        super().__init__(layers=layers)
 
     def _begin(self, logits: LastLogits, pending: Pending) -> None:
         """Take over what is known of the rows' ends; `reset` comes back to it."""
@@ -94,6 +97,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
 
         One more than `lengths` has for rows whose last generated token has not been fed yet.
         """
+        self._count_rows()
         return frozen(self.lengths + (self._pending.get(self.lengths) >= 0))
 
     @property
@@ -142,6 +146,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         input_ids : integers [len] for the one row there is; or one such per row
         """
         self.check_weights()
+        self._count_rows()
         given = token_rows(input_ids, "input_ids")
         if len(given) != self.num_rows:
             raise ValueError(
@@ -173,18 +178,21 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         ----------
         n : int, or one int per row
         """
-        counts = np.full(self.num_rows, n) if isinstance(n, int) else as_int_vector(n, "n")
+        several = not isinstance(n, (int, np.integer)) or isinstance(n, bool)
+        counts = as_int_vector(n, "n") if several else np.full(self.num_rows, n)
         if counts.size != self.num_rows or (counts < 0).any() or counts.sum() < 1:
             raise ValueError(
-                f"n must be a positive int, or {self.num_rows} of them, one per row, got {n!r}; prefill a "
-                "prompt before you fork it"
+                f"n must be a positive int, or {self.num_rows} of them, one per row, got {n!r} for "
+                f"{self.num_rows} rows; prefill a prompt before you fork it"
             )
         return self.branch(np.repeat(np.arange(self.num_rows), counts))
 
     def branch(self, rows: object) -> PrefixCache:
         """Make a cache whose row i continues row rows[i] of this one: `fork` with any assignment."""
         self.check_weights()
-        mine, chosen = self.rows, as_int_vector(rows, "rows")
+        self._count_rows()
+        self.rows.check_whole()
+        mine, chosen = self.rows, as_int_vector(rows, "rows").copy()
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.num_rows:
             raise ValueError(f"rows must be rows of this cache, 0 to {self.num_rows - 1}, got {rows!r}")
         forked = PrefixCache.__new__(PrefixCache)
@@ -193,7 +201,8 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
             tails = tuple(layer.shared_tail() for layer in self.layers)
             levels, parents = (*levels, Level(mine.parents, frozen(mine.lens.copy()), tails)), chosen
         # SLF001: another object of this class, which no caller could fill in
-        forked._start(self.model, Rows(levels, frozen(parents), mine.num_layers, mine.device))  # noqa: SLF001
+        rows_of_fork = Rows(levels, frozen(parents), mine.num_layers, mine.device, mine.limit)
+        forked._start(self.model, rows_of_fork, self._modules)  # noqa: SLF001
         forked._weights = self._weights  # noqa: SLF001
         forked._begin(self._logits.of_rows(chosen), self._pending.of_rows(chosen))  # noqa: SLF001
         return forked
@@ -207,19 +216,12 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
             layer.drop()
         self._begin(*self._origin)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue what row beam_idx[i] was, as beam search does between steps."""
-        chosen = beam_idx.cpu().numpy()
-        for layer in self.layers:
-            layer.reorder(chosen)
-        self.rows.permute(chosen)
-        self._logits, self._pending = self._logits.of_rows(chosen), self._pending.of_rows(chosen)
-
     def check_weights(self) -> None:
         """Raise a ValueError if the weights changed since this cache was filled, as far as that shows.
 
-        In-place updates show (an optimizer's step, load_state_dict), and so do new parameters. Writes through
-        `.data` do not: call `invalidate` after those.
+        In-place updates show (an optimizer's step, load_state_dict), and so do new parameters. Writes by
+        `.data` or numpy, buffers, hooks, optimizers with fused=True do not: call `invalidate` after those.
+        So is a model in training mode that drops values out, or caches to checkpoint gradients.
         """
         self._weights.check(self.model)
 
@@ -240,7 +242,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         Returns
         -------
         list of Completion
-            One per row, in order.
+            One per row that is answered, in order.
         """
         from hydragen.transformers.generate import continue_rows  # noqa: PLC0415 - made of caches: a cycle
 
@@ -249,6 +251,7 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
 
     def last_logits(self, rows: IntArray) -> Tensor:
         """Logits that follow the last token of `rows`, [rows, vocabulary]; ValueError where not known."""
+        self._count_rows()
         return self._logits.get(rows, self.lengths)
 
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
@@ -263,17 +266,10 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         self.rows.end_decode(rows, lens)
         self._pending = self._pending.noted(rows, pending, self.lengths)
 
-    @property
-    def _is_user_defined(self) -> bool:
-        return True
-
-    @_is_user_defined.setter
-    def _is_user_defined(self, _: bool) -> None:
-        # transformers' generate marks the caches it is given when it begins: a new prompt, to be checked.
-        self.check_weights()
-        self.rows.forget_announcements()
-        self.rows.fresh = True
-        self._pending = Pending.none(self.num_rows)  # generate feeds whole sequences
+    def _count_rows(self) -> None:
+        """Know nothing of the ends of rows that a pass of the model's own has made."""
+        if self._pending.tokens.size != self.num_rows:
+            self._logits, self._pending = LastLogits.none(self.num_rows), Pending.none(self.num_rows)
 
     def _run(self, rows: IntArray, ids: Sequence[IntArray]) -> Tensor:
         """Run tokens ids[i] of rows[i] through the model; logits of the last ones, [rows, vocabulary]."""
@@ -289,11 +285,3 @@ class PrefixCache(Cache):  # type: ignore[misc]  # mypy does not read transforme
         finally:
             self.rows.forget_announcements()  # those of a pass that broke off before its first layer
         return cast("Tensor", out.logits[:, -1])
-
-    def _unsupported(self, *_: object, **__: object) -> NoReturn:
-        raise NotImplementedError(
-            "a PrefixCache takes no tokens back and keeps its rows: assisted, contrastive and prompt-lookup "
-            "decoding cannot use it; greedy, sampling and beam search can"
-        )
-
-    crop = batch_repeat_interleave = batch_select_indices = early_initialization = _unsupported

@@ -14,9 +14,10 @@ from hydragen.host_ints import IntArray, as_int_vector, as_positive_int
 from hydragen.transformers.batches import Prompts, rows_at_a_time
 from hydragen.transformers.cache import PrefixCache
 from hydragen.transformers.decode import decode
+from hydragen.transformers.defaults import warn_of_defaults
 from hydragen.transformers.options import check_options
 from hydragen.transformers.parallel import of_the_first
-from hydragen.transformers.prompts import draw_seeds, join_levels, token_ids_of
+from hydragen.transformers.prompts import check_tokenizer, draw_seeds, join_levels, token_ids_of
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import check_prompt, max_positions
 from hydragen.transformers.tokens import token_rows
@@ -70,7 +71,8 @@ def generate(model: PreTrainedModel | PrefixCache, *prompts: object, **options: 
     max_new_tokens : int
         The most tokens per answer; default 256.
     do_sample, temperature, top_k, top_p, min_p :
-        How tokens are chosen; greedy by default. The model's generation_config is not consulted for these.
+        How tokens are chosen; greedy by default. The model's generation_config is not consulted for these;
+        what else it asks for (a repetition penalty, suppressed tokens) is not done, and a warning says so.
     seed : int or integers [num_prompts * num_return_sequences], optional
         Of all answers, or of each. Default: drawn from torch's global generator.
     stop_token_ids : integers, optional
@@ -135,6 +137,7 @@ def stream(
     base = model if isinstance(model, PrefixCache) else PrefixCache(model)
     base.check_weights()
     ids = _checked_prompts(base, prompts, tokenizer, limit)
+    warn_of_defaults(base.model)
     seeds = of_the_first(base.model, draw_seeds(seed, len(ids) * n)).reshape(len(ids), n)
     stop = stop_ids(base.model, stop_token_ids)
     size = rows_at_a_time(batch_size, base, limit, max(x.size for x in ids))
@@ -183,6 +186,7 @@ def _checked_prompts(
         )
     if not prompts:
         prompts = ([[]],) if base.num_rows else ([],)
+    check_tokenizer(tokenizer)
     vocabulary = base.model.get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > vocabulary:
         raise ValueError(
@@ -245,7 +249,7 @@ def continue_rows(
     if size == 0 or (limits < 0).any() or not limits.any():
         raise ValueError(
             f"max_new_tokens must be at least 1 for a row or more, got {max_new_tokens!r} for {size} rows; "
-            "prefill a prompt first"
+            + ("give a row that is to be answered more" if size else "prefill a prompt first")
         )
     given = [np.empty(0, np.int64)] * size if input_ids is None else token_rows(input_ids, "input_ids")
     most = max_positions(cache.model)
@@ -259,6 +263,8 @@ def continue_rows(
             )
     # what may be refused comes before the first change of the cache
     seeds, stop = draw_seeds(seed, size), stop_ids(cache.model, stop_token_ids)
+    check_tokenizer(tokenizer)
+    warn_of_defaults(cache.model)
     cache.extend(given)
     seeds = of_the_first(cache.model, seeds)
     done = decode(cache, limits, seeds, sampling, stop, logprobs)

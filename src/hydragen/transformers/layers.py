@@ -30,11 +30,19 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
     is_compileable = False
 
     def __init__(
-        self, index: int, rows: Rows, window: int | None, latent: bool, implementation: Callable[[], str]
+        self,
+        index: int,
+        rows: Rows,
+        window: int | None,
+        latent: bool,
+        implementation: Callable[[], str],
+        modules: frozenset[int],
     ) -> None:
         super().__init__()
         self.index, self.rows, self.window, self.latent = index, rows, window, latent
         self.implementation = implementation
+        # ids of the model's modules: another model's keys must not end up here
+        self.modules = modules
         self.is_sliding = window is not None
         # The forward pass that wrote here last
         self.steps = rows.steps
@@ -46,6 +54,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         # A fork reads the tails as they are: tokens may be added, not moved
         self.shared = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[object, object]:

@@ -77,12 +77,25 @@ def _listed(value: object, name: str) -> list[Prompt]:
     return list(value)
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise a TypeError unless answers and prompts can be put into words with it."""
+    if tokenizer is not None and not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
+        raise TypeError(
+            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}; load one with "
+            "AutoTokenizer.from_pretrained(path)"
+        )
+
+
 def draw_seeds(seed: int | Sequence[int] | None, count: int) -> IntArray:
     """Return a seed per sequence: the given ones, or all derived from one, or from torch's own state."""
     if seed is None:
         return torch.randint(2**62, (count,), device="cpu").numpy()
-    if isinstance(seed, int):
-        generator = torch.Generator("cpu").manual_seed(seed)
+    if isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer, or one per sequence, got {seed}; give a number")
+    if isinstance(seed, (int, np.integer)):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must fit in 64 bits, got {seed}; give a smaller one")
+        generator = torch.Generator("cpu").manual_seed(int(seed))
         return torch.randint(2**62, (count,), generator=generator, device="cpu").numpy()
     seeds = token_row(seed, "seed")
     if seeds.size != count:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydragen.host_ints import IntArray
+from hydragen.transformers.arrivals import count_new_tokens
 from hydragen.transformers.levels import Layout, Level, path_lens
 from hydragen.transformers.plans import Plans
 from hydragen.tree import PrefixTree
@@ -39,9 +40,18 @@ class Rows:
     """
 
     def __init__(
-        self, levels: tuple[Level, ...], parents: IntArray, num_layers: int, device: torch.device
+        self,
+        levels: tuple[Level, ...],
+        parents: IntArray,
+        num_layers: int,
+        device: torch.device,
+        limit: int | None = None,
     ) -> None:
         self.levels, self.parents, self.num_layers, self.device = levels, parents, num_layers, device
+        # Beyond so many positions what is stored would be another's (`support.stored_positions`).
+        self.limit = limit
+        # `permute` changes the parents; `clear` brings them back.
+        self.first_parents = parents
         self.path_lens = path_lens(levels, parents)
         self.lens = np.zeros(parents.size, dtype=np.int64)
         self.lens_before = self.lens
@@ -60,9 +70,9 @@ class Rows:
         self._trees: dict[bytes, PrefixTree] = {}
 
     @classmethod
-    def none(cls, num_layers: int, device: torch.device) -> Rows:
+    def none(cls, num_layers: int, device: torch.device, limit: int | None = None) -> Rows:
         """No rows yet."""
-        return cls((), np.empty(0, dtype=np.int64), num_layers, device)
+        return cls((), np.empty(0, dtype=np.int64), num_layers, device, limit)
 
     @property
     def size(self) -> int:
@@ -71,9 +81,7 @@ class Rows:
 
     def adopt(self, num_rows: int) -> None:
         """Become that many rows that share nothing; only a cache without rows can."""
-        self.parents = np.full(num_rows, -1)
-        self.path_lens = np.zeros(num_rows, dtype=np.int64)
-        self.lens = np.zeros(num_rows, dtype=np.int64)
+        self.first_parents = np.full(num_rows, -1)
         self.clear()
 
     def reserve(self, counts: IntArray) -> None:
@@ -86,15 +94,42 @@ class Rows:
 
     def begin_step(self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Work out where a forward pass's tokens go, and count them; the first layer calls this."""
+        self.check_whole()
+        if not self.prepared:
+            self._place(num_rows, q_len, position_ids, mask)
+        self.prepared = False
+        self.steps, self.waiting = self.steps + 1, self.num_layers
+
+    def check_whole(self) -> None:
+        """Raise a RuntimeError if some layers hold tokens that others do not."""
         if self.waiting:
             raise RuntimeError(
                 "a forward pass over this cache broke off halfway, so its layers hold different tokens; call "
                 "cache.reset() and feed the rows again (the shared prefix is intact)"
             )
-        if not self.prepared:
-            self._place(num_rows, q_len, position_ids, mask)
-        self.prepared = False
-        self.steps, self.waiting = self.steps + 1, self.num_layers
+
+    def check_order(self, rows: IntArray) -> None:
+        """Raise a ValueError unless row i can take over what row rows[i] holds, where it is."""
+        if rows.size != self.size or (rows.size and not 0 <= rows.min() <= rows.max() < self.size):
+            raise ValueError(
+                f"beam_idx must hold a row of the cache, 0 to {self.size - 1}, for each of its {self.size} "
+                f"rows, got {rows.tolist()}; use cache.branch(rows) for other rows or more of them"
+            )
+        if self.layout is not None and (self.lens[rows] > self.layout.capacity).any():
+            row = int((self.lens[rows] > self.layout.capacity).argmax())
+            raise ValueError(
+                f"beam_idx must not give row {row}, with room for {self.layout.capacity[row]} tokens of its "
+                f"own, the {self.lens[rows[row]]} of row {rows[row]}; use cache.branch(rows)"
+            )
+
+    def _check_limit(self, ends: IntArray) -> None:
+        """Raise a ValueError if a row ends where the model would have turned what is stored otherwise."""
+        if self.limit is not None and ends.size and ends.max() > self.limit:
+            raise ValueError(
+                f"rows must end within {self.limit} positions, got {ends.max()}: beyond, this model's rotary "
+                "embedding turns earlier tokens otherwise than they are stored (rope_type longrope or "
+                "dynamic); shorten the prompts, or use the model's own generate without a PrefixCache"
+            )
 
     def _place(self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Find a place for every new token, and count them."""
@@ -102,11 +137,20 @@ class Rows:
             rows, counts = self.announced
             self.announced = None
         else:
-            counts = self._arriving(num_rows, q_len, position_ids, mask)
+            if self.size == 0:
+                self.adopt(num_rows)
+            if num_rows != self.size:
+                raise ValueError(
+                    f"the cache must have a row per sequence of the batch, {num_rows}, got {self.size}; "
+                    "fork it into prompts x max(num_beams, num_return_sequences) rows: cache.fork(n)"
+                )
+            begin = self.path_lens + self.lens
+            counts = count_new_tokens(begin, q_len, position_ids, mask, first=self.fresh)
             rows = np.arange(self.size)
         before = self.lens
         after = before.copy()
         after[rows] += counts
+        self._check_limit(self.path_lens + after)
         layout = self._room(after)
         rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         target = np.repeat((layout.starts + before)[rows], counts) + rank
@@ -129,6 +173,7 @@ class Rows:
 
         From here on lengths grow on the device alone, by `advance`; `end_decode` brings them back.
         """
+        self._check_limit((self.path_lens + self.lens)[rows] + room)
         # One place more: rows that are done go on being computed until they are dropped, and write there.
         layout = self._room(self.lens + _scattered(self.size, rows, room + 1))
         # as the host has them: a loop that was interrupted has counted on the device alone
@@ -164,51 +209,6 @@ class Rows:
         self.lens = self.lens.copy()
         self.lens[rows] = lens
 
-    def _arriving(
-        self, num_rows: int, q_len: int, position_ids: Tensor | None, mask: Tensor | None
-    ) -> IntArray:
-        """Find out how many tokens each row gets, from what the model handed on to its attention."""
-        if self.size == 0:
-            self.adopt(num_rows)
-        if num_rows != self.size:
-            raise ValueError(
-                f"the cache must have a row per sequence of the batch, {num_rows}, got {self.size}; fork it "
-                "into prompts x max(num_beams, num_return_sequences) rows: cache.fork(n)"
-            )
-        if q_len == 1 and not self.fresh:
-            return np.ones(self.size, dtype=np.int64)
-        if position_ids is None or position_ids.dim() != 2:
-            raise TypeError(
-                "this model does not hand [rows, tokens] position_ids on to its attention, so rows cannot be "
-                "told from padding; use hydragen.generate or cache.generate, which know them"
-            )
-        begin = self.path_lens + self.lens  # [rows]
-        positions = position_ids.expand(num_rows, -1).cpu().numpy()
-        new = positions >= begin[:, None]
-        if mask is not None:
-            new &= mask.cpu().numpy()
-        counts: IntArray = new.sum(axis=1, dtype=np.int64)
-        if (np.diff(new.astype(np.int8), axis=1) < 0).any():
-            raise ValueError("prompts must be padded on the left; set tokenizer.padding_side = 'left'")
-        wrong = np.flatnonzero(counts == 0)
-        if wrong.size:
-            row = int(wrong[0])
-            raise ValueError(
-                f"input_ids must bring at least one new token for every row, got none for row {row}: its "
-                f"cache already holds {begin[row]} tokens; cache all but the last token of a prompt, and "
-                "call cache.reset() or fork again before you use a cache for another prompt"
-            )
-        expected = begin[:, None] + np.arange(q_len) - (q_len - counts)[:, None]
-        wrong = np.flatnonzero((new & (positions != expected)).any(axis=1))
-        if wrong.size:
-            row = int(wrong[0])
-            raise ValueError(
-                f"positions of row {row} must go on at {begin[row]}, where its cache ends, got "
-                f"{positions[row, q_len - counts[row]]}; pass the whole sequence with attention_mask, and "
-                "fork the cache into rows of the same prompts in the same order"
-            )
-        return counts
-
     def _room(self, needed: IntArray) -> Layout:
         """Return a layout that holds `needed` tokens per row: the one there is, if it does."""
         old = self.layout
@@ -243,7 +243,9 @@ class Rows:
 
     def clear(self) -> None:
         """Forget the tails."""
-        self.lens = np.zeros_like(self.lens)
+        self.parents = self.first_parents
+        self.path_lens, self._trees = path_lens(self.levels, self.parents), {}
+        self.lens = np.zeros(self.size, dtype=np.int64)
         self.lens_on_device = torch.zeros(self.size, dtype=torch.int32, device=self.device)
         self.layout, self.fresh, self.announced, self.prepared = None, True, None, False
         self.waiting = 0

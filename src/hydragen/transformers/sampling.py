@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,15 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, bool):
+            raise TypeError(f"do_sample must be True or False, got {self.do_sample!r}")
+        for name in ("temperature", "top_p", "min_p"):
+            given = getattr(self, name)
+            if (given is None and name != "temperature") or (
+                isinstance(given, numbers.Real) and not isinstance(given, bool)
+            ):
+                continue
+            raise TypeError(f"{name} must be a number, got {given!r}; leave it out for the default")
         # Below, float32 has no reciprocal of it, and a GPU may take it for 0.
         if not (math.isfinite(self.temperature) and self.temperature >= _TINY):
             raise ValueError(

@@ -42,8 +42,11 @@ def check_model(model: object) -> PreTrainedModel:
             f"model must call its attention through transformers' AttentionInterface, got {name}, which has "
             "it built in; use the model's own cache"
         )
-    if getattr(config, "is_causal", None) is False or getattr(config, "use_bidirectional_attention", False):
+    causal = getattr(config, "is_causal", None) is not False and not _has_layers_that_look_ahead(model)
+    if not causal or getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"model must be causal, got {name} with bidirectional attention; use a causal LM")
+    if not getattr(model.config, "return_dict", True):
+        raise ValueError("model.config.return_dict must be True, got False; set it so")
     implementation = attention_of(config)
     if implementation != "hydragen":
         raise ValueError(
@@ -96,8 +99,8 @@ def check_tokens(model: PreTrainedModel, given: Sequence[IntArray], begin: IntAr
         check_vocabulary(ids, vocabulary, f"input_ids[{row}]")
         if limit is not None and begin[row] + ids.size > limit:
             raise ValueError(
-                f"row {row} must fit the model's {limit} positions, got {begin[row] + ids.size} tokens; "
-                "shorten the prompt"
+                f"row {row} must fit the model's {limit} positions{_of_rope(model)}, got "
+                f"{begin[row] + ids.size} tokens; shorten the prompt"
             )
 
 
@@ -110,11 +113,56 @@ def check_prompt(model: PreTrainedModel, ids: IntArray, new_tokens: int, name: s
     if limit is not None and before + ids.size + new_tokens > limit:
         raise ValueError(
             f"{name} must leave room for max_new_tokens={new_tokens} in the model's {limit} "
-            f"positions, got {before + ids.size} tokens; shorten it or ask for fewer new tokens"
+            f"positions{_of_rope(model)}, got {before + ids.size} tokens; shorten it or ask for fewer new "
+            "tokens"
         )
 
 
+def _of_rope(model: PreTrainedModel) -> str:
+    """Say why there are fewer positions than the configuration has, if so."""
+    fewer = stored_positions(model)
+    if fewer is None or fewer == getattr(text_config(model), "max_position_embeddings", None):
+        return ""
+    return " (longrope: beyond, it turns all tokens otherwise, stored ones too)"
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions the model has been made for, if its configuration says so."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    """Return how many positions the model can have over a cache, if its configuration says so."""
+    limits = [getattr(text_config(model), "max_position_embeddings", None), stored_positions(model)]
+    return min((int(limit) for limit in limits if limit is not None), default=None)
+
+
+def stored_positions(model: PreTrainedModel) -> int | None:
+    """Return up to how many positions tokens that are stored stay as the model would have them.
+
+    Rotary embeddings of the types "longrope" and "dynamic" turn all tokens otherwise once the longest
+    sequence of a forward pass ends beyond that; None for all other models.
+    """
+    config = text_config(model)
+    given = getattr(config, "rope_parameters", None) or {}
+    several = given.values() if all(isinstance(x, dict) for x in given.values()) else [given]
+    longest = getattr(config, "max_position_embeddings", None)
+    limits = []
+    for rope in several:
+        kind = rope.get("rope_type")
+        if kind == "longrope":
+            limits.append(rope.get("original_max_position_embeddings", longest))
+        elif kind is not None and "dynamic" in kind:
+            limits.append(longest)
+    return min((int(limit) for limit in limits if limit is not None), default=None)
+
+
+def check_generate(model: PreTrainedModel) -> None:
+    """Raise a ValueError if the model's own `generate` goes wrong over any cache that is kept."""
+    if _of_rope(model):
+        raise ValueError(
+            f"{type(model).__name__}.generate leaves a kept cache out once a sequence passes the "
+            f"{stored_positions(model)} positions that its longrope embedding is made for, and then goes on "
+            "without it; use hydragen.generate or cache.generate"
+        )
+
+
+def _has_layers_that_look_ahead(model: PreTrainedModel) -> bool:
+    """Whether attention of the decoder says that it is not causal: encoders that are loaded as causal LMs."""
+    decoder = model.get_decoder()
+    return any(getattr(module, "is_causal", True) is False for module in decoder.modules())

@@ -1,0 +1,74 @@
+"""What transformers and Python ask of a cache, beside its layers: to be taken, copied, or refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hydragen.host_ints import as_int_vector
+from hydragen.transformers.logits import LastLogits, Pending
+from hydragen.transformers.support import check_generate
+
+if TYPE_CHECKING:
+    from hydragen.transformers.cache import PrefixCache
+
+
+class CacheProtocol(Cache):  # type: ignore[misc]  # mypy does not read transformers
+    """The part of PrefixCache that others call."""
+
+    _logits: LastLogits
+    _pending: Pending
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self: PrefixCache, _: bool) -> None:
+        # transformers' generate marks the caches it is given when it begins: a new prompt, to be checked.
+        check_generate(self.model)
+        self.check_weights()
+        if self._weights.seen is None:
+            self._weights.see(self.model)
+        self.rows.forget_announcements()
+        self.rows.fresh = True
+        self._pending = Pending.none(self.num_rows)  # generate feeds whole sequences
+
+    def reorder_cache(self: PrefixCache, beam_idx: Tensor) -> None:
+        """Let row i continue what row beam_idx[i] was, as beam search does between steps.
+
+        Rows keep their room: ValueError where what one is to hold does not fit; `branch` has no such limit.
+        """
+        self._count_rows()
+        self.rows.check_whole()
+        chosen = as_int_vector(beam_idx.cpu() if isinstance(beam_idx, Tensor) else beam_idx, "beam_idx")
+        self.rows.check_order(chosen)
+        for layer in self.layers:
+            layer.reorder(chosen)
+        self.rows.permute(chosen)
+        self._logits, self._pending = self._logits.of_rows(chosen), self._pending.of_rows(chosen)
+
+    def __copy__(self: PrefixCache) -> PrefixCache:
+        return self.branch(np.arange(self.num_rows)) if self.num_rows else type(self)(self.model)
+
+    def __deepcopy__(self: PrefixCache, memo: dict[int, Any]) -> PrefixCache:
+        # What goes on apart is the rows; a copy of the model would have other weights.
+        copy = memo[id(self)] = self.__copy__()
+        return copy
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise TypeError(
+            "a PrefixCache cannot be pickled, since it belongs to a model in this process; keep the token "
+            "ids and prefill them again, or copy it with cache.fork()"
+        )
+
+    def _unsupported(self, *_: object, **__: object) -> NoReturn:
+        raise NotImplementedError(
+            "a PrefixCache takes no tokens back and keeps its rows: assisted, contrastive and prompt-lookup "
+            "decoding cannot use it; greedy, sampling and beam search can"
+        )
+
+    crop = batch_repeat_interleave = batch_select_indices = early_initialization = _unsupported
