@@ -2,8 +2,9 @@
 
     python examples/chat.py --model PATH [--system-prompt FILE] [--max-new-tokens 64]
 
-Each line of input is `user: what they say`; an empty line answers everybody who spoke, in one batch. The
-cache keeps every user's history, so that a turn feeds only what is new. Needs the extra `transformers`.
+Each line of input, which is read to its end first, is `user: what they say`; an empty line ends a turn, in
+which everybody who spoke is answered in one batch. The cache keeps every user's history, so that a turn feeds
+only what is new; whose history fills the model's positions is told so. Needs the extra `transformers`.
 """
 
 from __future__ import annotations
@@ -60,10 +61,19 @@ def main() -> None:
 
     system = arguments.system_prompt.read_text() if arguments.system_prompt else SYSTEM
     chats = PrefixCache(model).prefill(tokenizer(system).input_ids).fork(len(users))
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     for turn in turns:
-        said = [spoken(tokenizer, turn[user]) if user in turn else [] for user in users]
-        room = [arguments.max_new_tokens if user in turn else 0 for user in users]
-        for answer in chats.generate(said, tokenizer=tokenizer, max_new_tokens=room):
+        said: list[list[int]] = [[] for _ in users]
+        room = [0] * len(users)
+        for i, (user, begin) in enumerate(zip(users, chats.next_positions.tolist(), strict=True)):
+            ids = spoken(tokenizer, turn[user]) if user in turn else []
+            left = min(arguments.max_new_tokens, positions - begin - len(ids))
+            if ids and left > 0:
+                said[i], room[i] = ids, left
+            elif ids:
+                print(f"{user}: {turn[user]}\n   (no room left after {begin:,} tokens)")
+        answers = chats.generate(said, tokenizer=tokenizer, max_new_tokens=room) if any(room) else []
+        for answer in answers:
             user = users[answer.prompt]
             print(f"{user}: {turn[user]}\n   -> {answer.text}")
     copied = int(chats.lengths.sum())

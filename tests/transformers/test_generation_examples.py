@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import model_folder  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_chat(model_folder: Path) -> None:  # noqa: F811 - the fixture
+def test_chat(model_folder: Path) -> None:
     talk = "ann: w5 w6\nbob: w7\n\nbob: w8\n\nann: w9 w10\ncid: w11\n"
     done = subprocess.run(
         [sys.executable, ROOT / "examples/chat.py", "--model", model_folder, "--max-new-tokens", "3"],
@@ -26,6 +25,19 @@ def test_chat(model_folder: Path) -> None:  # noqa: F811 - the fixture
         "ann", "bob", "bob", "ann", "cid",
     ]  # fmt: skip
     assert "tokens stored for 3 users" in done.stdout
+
+
+def test_a_chat_that_fills_the_positions(model_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/chat.py", "--model", model_folder, "--max-new-tokens", "99999"],
+        input="ann: w5 w6\n\nann: w7\nbob: w8\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ann: w7\n   (no room left after" in done.stdout
+    assert "bob: w8\n   ->" in done.stdout
 
 
 @pytest.mark.parametrize(
