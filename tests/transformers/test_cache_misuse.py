@@ -11,7 +11,7 @@ import pytest
 import torch
 from conversations import QUESTIONS, SYSTEM, greedy, tokens
 from models import SMALL, make_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 
 import hydragen
 from hydragen.transformers import PrefixCache
@@ -283,6 +283,13 @@ def test_options_by_name(
     with pytest.raises(error, match=message):
         cache.generate([[5]], max_new_tokens=2, **options)
     assert cache.lengths.tolist() == [20]
+
+
+def test_what_a_tokenizer_returns_and_no_system_prompt(ours: PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match="got BatchEncoding; pass its input_ids"):
+        hydragen.generate(ours, BatchEncoding({"input_ids": [SYSTEM]}), max_new_tokens=2)
+    found = hydragen.generate(ours, [], QUESTIONS, max_new_tokens=3)
+    assert [one.token_ids for one in found] == [greedy(ours, question, 3) for question in QUESTIONS]
 
 
 def test_numpy_numbers_are_numbers(ours: PreTrainedModel) -> None:

@@ -19,8 +19,8 @@ Prompt = Any
 def join_levels(levels: Sequence[object]) -> list[list[Prompt]]:
     """Return the pieces of every prompt, in the caller's order, depth first.
 
-    levels[0] is a prompt or a list of them. A further level holds what follows: a list of prompts if there
-    is one path so far, else one list of prompts per path so far.
+    levels[0] is a prompt or a list of them; before other levels it may be empty. A further level holds what
+    follows: a list of prompts if there is one path so far, else one list of prompts per path so far.
     """
     paths: list[list[Prompt]] = [[]]
     for depth, level in enumerate(levels):
@@ -28,6 +28,8 @@ def join_levels(levels: Sequence[object]) -> list[list[Prompt]]:
         if depth == 0 and is_prompt(level):
             paths = [[level]]
             continue
+        if depth == 0 and len(levels) > 1 and isinstance(level, list | tuple) and not level:
+            continue  # no system prompt
         branches = _listed(level, name)
         nested = depth > 0 and len(branches) > 0 and not any(is_prompt(x) for x in branches)
         if not nested and len(paths) == 1:
@@ -68,9 +70,9 @@ def token_ids_of(paths: list[list[Prompt]], tokenizer: Any, special: bool) -> li
 
 def _listed(value: object, name: str) -> list[Prompt]:
     if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray | Tensor):
+        remedy = "pass its input_ids" if hasattr(value, "input_ids") else "for one prompt pass [prompt]"
         raise TypeError(
-            f"{name} must be a list of prompts (token ids or texts), got {type(value).__name__}; for one "
-            "prompt pass [prompt]"
+            f"{name} must be a list of prompts (token ids or texts), got {type(value).__name__}; {remedy}"
         )
     if isinstance(value, Tensor | np.ndarray) and value.ndim != 2:
         raise ValueError(f"{name} must be [prompts, tokens] if it is a tensor, got {list(value.shape)}")
