@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,7 @@ except ImportError as error:
     raise SystemExit("the command line needs more: pip install '.[cli]' in hydragen's checkout") from error
 
 if TYPE_CHECKING:
-    from hydragen.transformers.jsonl import Answers
+    from hydragen.transformers.answers import Answers
 
 # Answers that are laid out together: the first of a large job come soon.
 ANSWERS_AT_A_TIME = 8192
@@ -80,22 +82,22 @@ def generate(
     from tqdm import tqdm
 
     from hydragen.transformers import stream
-    from hydragen.transformers.jsonl import Answers, Job, read_prompts
+    from hydragen.transformers.answers import Answers, Job, check_out
+    from hydragen.transformers.jsonl import read_prompts
+    from hydragen.transformers.model_files import load, pick, state_of
     from hydragen.transformers.pretrained import check_name, tokenizer_of
 
-    draws = temperature != 0 and (temperature is not None or n > 1 or top_k is not None or top_p is not None)
-    sampling: dict[str, Any] = {"do_sample": draws}
-    if draws:
-        sampling |= {
-            "temperature": 1.0 if temperature is None else temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
     with told():
+        # What can be refused without the model is refused before anything is written.
+        sampling = sampling_of(n, temperature, top_k, top_p)
+        check_sizes(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        path = out or prompts.with_suffix(".answers.jsonl")
+        check_out(path, prompts)
         check_name(model)
-        tokenizer = tokenizer_of(model)
+        place, tokenizer = pick(device), tokenizer_of(model)
         settings = {
             "model": model,
+            "model_files": state_of(model),
             "max_new_tokens": max_new_tokens,
             **sampling,
             "seed": seed,
@@ -104,24 +106,27 @@ def generate(
         }
         given = read_prompts(prompts, tokenizer, model)
         job = Job(list(given.values()), n, settings)
-        answers = Answers(out or prompts.with_suffix(".answers.jsonl"), job)
-        have = answers.resume()
-        places = job.missing(have)
-        if have:
-            typer.echo(f"{len(have):,} answers are there already, {len(places):,} to go", err=True)
-        if places:
+        answers = Answers(path, job)
+        with answers.alone():
+            have = answers.resume()
+            places, to_go = job.missing(have), job.to_go(have)
+            if have:
+                typer.echo(f"{len(have):,} answers are there already, {to_go:,} to go", err=True)
+            if answers.repeated:
+                typer.echo(f"{answers.repeated:,} lines repeat others: the first of each counts", err=True)
+            if not to_go:
+                return
             with goes_on(answers):
-                loaded, made = load(model, dtype, device), 0
+                loaded, made = load(model, dtype.value, place), 0
                 check_prompts(loaded, given, max_new_tokens)
-                with tqdm(total=len(places), unit="answer", delay=3, disable=None) as bar:
-                    for begin in range(0, len(places), ANSWERS_AT_A_TIME):
-                        some = places[begin : begin + ANSWERS_AT_A_TIME]
+                with tqdm(total=to_go, unit="answer", delay=3, disable=None) as bar:
+                    while some := list(islice(places, ANSWERS_AT_A_TIME)):
                         finished = stream(
                             loaded,
                             [job.prompts[prompt] for prompt, _ in some],
                             tokenizer=tokenizer,
                             max_new_tokens=max_new_tokens,
-                            seed=[job.seed(*place) for place in some],
+                            seed=[job.seed(*one) for one in some],
                             logprobs=logprobs,
                             batch_size=batch_size,
                             progress=False,
@@ -130,7 +135,7 @@ def generate(
                         for _ in answers.write(finished, some):
                             made += 1
                             bar.update()
-            typer.echo(f"wrote {made:,} answers to {answers.path}", err=True)
+        typer.echo(f"wrote {made:,} answers to {answers.path}", err=True)
 
 
 @app.command()
@@ -160,8 +165,10 @@ def bench(
     from hydragen.transformers.bench import run
     from hydragen.transformers.bench_cases import Case, random_model
     from hydragen.transformers.bench_files import Results
+    from hydragen.transformers.model_files import pick
 
     with told():
+        place = pick(device)
         label = name or config_name(config)
         branches, branch = two_levels(tree)
         cases = [
@@ -172,7 +179,7 @@ def bench(
         chosen = None if dtype is Dtype.auto else dtype.value
         run(
             cases,
-            lambda _: random_model(config, chosen, pick(device)),
+            lambda _: random_model(config, chosen, place),
             Results(out),
             seconds=seconds,
             say=typer.echo,
@@ -183,10 +190,43 @@ def two_levels(tree: str | None) -> tuple[int, int]:
     """Return the nodes and tokens of a tree like 8x2048; none if there is no tree."""
     if tree is None:
         return 0, 0
-    branches, cross, tokens = tree.partition("x")
-    if not (branches.isdigit() and cross and tokens.isdigit() and int(branches) and int(tokens)):
-        raise ValueError(f"--tree must be like 8x2048, nodes x tokens, got {tree}")
-    return int(branches), int(tokens)
+    # Not isdigit, for which ² is a digit and int does not.
+    found = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", tree)
+    branches, tokens = map(int, found.groups()) if found else (0, 0)
+    if not (branches and tokens):
+        raise ValueError(
+            f"--tree must be like 8x2048, nodes x tokens, each from 1 to 999,999,999, got {tree[:60]}"
+        )
+    return branches, tokens
+
+
+def sampling_of(n: int, temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+    """Return what the library calls these options; a ValueError says which do not go together."""
+    from hydragen.transformers.sampling import Sampling
+
+    if temperature == 0:
+        greedy = "with --temperature 0, which always takes the likeliest token"
+        if n > 1:
+            raise ValueError(f"-n must be 1 {greedy}: all answers would be the same, got {n}; leave one out")
+        for name, value in (("--top-k", top_k), ("--top-p", top_p)):
+            if value is not None:
+                raise ValueError(f"{name} must not stand {greedy}, got {value}; leave one of them out")
+        return {"do_sample": False}
+    if temperature is None and n == 1 and top_k is None and top_p is None:
+        return {"do_sample": False}
+    warmth = 1.0 if temperature is None else temperature
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": warmth, "top_k": top_k, "top_p": top_p}
+    Sampling(**sampling)  # raises what the first answer would
+    return sampling
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise a ValueError for a size that the library would refuse once the model is loaded."""
+    from hydragen.host_ints import as_positive_int
+
+    for name, size in sizes.items():
+        if size is not None:
+            as_positive_int(size, f"--{name.replace('_', '-')}")
 
 
 @app.command()
@@ -237,21 +277,6 @@ def check_prompts(model: Any, prompts: dict[str, list[int]], new_tokens: int) ->
 def config_name(path: Path) -> str:
     """Return what to call a model: its file, or the folder of its config.json."""
     return path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
-
-
-def load(path: str, dtype: Dtype, device: str) -> Any:
-    """Load a model with the hydragen attention."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="hydragen", dtype=dtype.value)
-    return model.to(pick(device)).eval()
-
-
-def pick(device: str) -> str:
-    """Return the device to use."""
-    import torch
-
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

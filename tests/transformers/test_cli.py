@@ -9,51 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, make_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner, Result
+from command_line import answers, generate, run
+from models import make_model
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 import hydragen
-from hydragen.cli import app
-from hydragen.transformers import Completion, jsonl
+from hydragen.transformers import answers as answer_files
+from hydragen.transformers import jsonl
 from hydragen.transformers.pretrained import check_name
-
-PROMPTS = ["w5 w6 w7", "w5 w6 w7 w8 w9"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model("llama").save_pretrained(folder)
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", *(f"w{i}" for i in range(2, VOCABULARY))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    lines = [{"prompt": PROMPTS[0]}, {"messages": [{"role": "user", "content": PROMPTS[1]}]}]
-    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
-    return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(x) for x in arguments])
-
-
-def generate(model: Path, prompts: Path, *more: object) -> Result:
-    return run("generate", "--model", model, "--prompts", prompts, "--max-new-tokens", 5, *more)
-
-
-def answers(prompts: Path) -> list[dict[str, Any]]:
-    lines = prompts.with_suffix(".answers.jsonl").read_text().splitlines()
-    return sorted(map(json.loads, lines), key=lambda x: (x["prompt"], x["sample"]))
 
 
 def test_answers_are_those_of_the_library(model_folder: Path, prompts: Path) -> None:
@@ -93,7 +57,7 @@ def test_a_run_goes_on_after_an_interruption(
             raise KeyboardInterrupt
         return dumps(*args, **kwargs)
 
-    monkeypatch.setattr(jsonl.json, "dumps", interrupted)
+    monkeypatch.setattr(answer_files.json, "dumps", interrupted)
     stopped = generate(model_folder, prompts, "-n", 4)
     assert stopped.exit_code == 130
     assert f"interrupted; 5 answers are in {out}, and the same command goes on from there" in stopped.stderr
@@ -110,27 +74,6 @@ def test_a_run_goes_on_after_an_interruption(
     assert answers(prompts) == whole
     assert generate(model_folder, prompts, "-n", 5).exit_code == 0
     assert len(answers(prompts)) == 10
-
-
-def test_texts_with_ends_of_lines_of_their_own(model_folder: Path, tmp_path: Path) -> None:
-    """What str.splitlines takes for the end of a line may stand in JSON as it is."""
-    odd = "w5\u2028w6\u2029w7\x85w8"
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n\n" + '{"prompt": [5]}', "utf-8")
-    given = jsonl.read_prompts(path, AutoTokenizer.from_pretrained(model_folder), "model")
-    assert list(given) == [f"{path}:1", f"{path}:3"]
-    prompts = list(given.values())
-    assert prompts == [[5, 6, 7, 8], [5]]
-    job = jsonl.Job(prompts, 1, {"seed": 0})
-    made = [Completion(i, 0, [7, 8], odd, None, "length", 3) for i in range(2)]
-    answers = jsonl.Answers(tmp_path / "answers.jsonl", job)
-    assert answers.resume() == set()
-    assert list(answers.write(iter(made), [(0, 0), (1, 0)])) == [(0, 0), (1, 0)]
-    assert answers.resume() == {(0, 0), (1, 0)}
-    with answers.path.open("a") as file:
-        file.write("{oh\n")
-    with pytest.raises(ValueError, match=r"answers\.jsonl:3 must be JSON.*remove that line"):
-        answers.resume()
 
 
 def test_special_tokens_come_once(model_folder: Path, tmp_path: Path) -> None:
@@ -150,13 +93,6 @@ def test_large_jobs_go_in_pieces(model_folder: Path, prompts: Path, monkeypatch:
     monkeypatch.setattr("hydragen.cli.ANSWERS_AT_A_TIME", 3)
     assert generate(model_folder, prompts, "-n", 4).exit_code == 0
     assert answers(prompts) == whole
-
-
-def test_answers_of_another_job_are_not_mixed_in(model_folder: Path, prompts: Path) -> None:
-    assert generate(model_folder, prompts).exit_code == 0
-    done = generate(model_folder, prompts, "--temperature", 0.5)
-    assert done.exit_code == 2
-    assert "holds answers of another job, with other do_sample, temperature" in done.output
 
 
 @pytest.mark.parametrize(
@@ -182,50 +118,6 @@ def test_bad_files(model_folder: Path, tmp_path: Path, line: str, message: str) 
     done = generate(model_folder, path)
     assert done.exit_code == 2
     assert message in done.output
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"prompt": 1}', "must be an answer, with the numbers of its prompt and sample"),
-        (b'{"prompt": true, "sample": 0}', "must be an answer"),
-        (b'{"prompt": [1], "sample": 0}', "must be an answer"),
-        (b"5", "must be an answer"),
-        (b"null", "must be an answer"),
-        (b"\xff", "must be JSON in UTF-8"),
-        (b"[" * 100_000, "must be JSON in UTF-8"),
-    ],
-)
-def test_lines_that_are_no_answers(model_folder: Path, prompts: Path, line: bytes, message: str) -> None:
-    assert generate(model_folder, prompts).exit_code == 0
-    answers = prompts.with_suffix(".answers.jsonl")
-    before = answers.read_bytes()
-    answers.write_bytes(before + line + b"\n")
-    done = generate(model_folder, prompts)
-    assert done.exit_code == 2
-    assert message in done.output
-    assert f"{answers}:{before.count(10) + 1}" in done.output
-    assert "remove that line" in done.output
-    assert "Traceback" not in done.output
-
-
-@pytest.mark.parametrize("note", [b"", b"[1]", b"{", b"\xff"])
-def test_a_note_that_is_none(model_folder: Path, prompts: Path, note: bytes) -> None:
-    assert generate(model_folder, prompts).exit_code == 0
-    prompts.with_name("prompts.answers.jsonl.job.json").write_bytes(note)
-    done = generate(model_folder, prompts)
-    assert done.exit_code == 2
-    assert "as a JSON object, got something else" in done.output
-
-
-def test_a_job_whose_prompts_are_mended_begins_anew(model_folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": [9999]}')
-    assert generate(model_folder, path).exit_code == 2
-    path.write_text('{"prompt": [5]}')
-    done = generate(model_folder, path)
-    assert done.exit_code == 0, done.output
-    assert len(answers(path)) == 1
 
 
 def test_messages_need_a_chat_template(model_folder: Path, prompts: Path) -> None:
@@ -311,7 +203,7 @@ def test_bench_of_two_levels(model_folder: Path) -> None:
         "bench", "--config", model_folder, "--batch", 4, "--prefix", 10, "--completion", 6, "--tree", "2x8"
     )
     assert done.exit_code == 0, done.output
-    assert "model0 > 2x8: first level shared only" in done.output
+    assert "model > 2x8: first level shared only" in done.output
     wrong = run("bench", "--config", model_folder, "--batch", 5, "--prefix", 10, "--tree", "2x8")
     assert wrong.exit_code == 2
     assert "batch must be a multiple of the 2 branches, got 5" in wrong.output

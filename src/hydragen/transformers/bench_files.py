@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 WAYS = ("ours", "attention_off", "per_sequence_read", "hf_generate", "bound")
 COLUMNS = ("model", "batch", "prefix", "completion", *WAYS)
+_KEY = ("model", "batch", "prefix", "completion", "branches", "branch")
+_REMEDY = "give another file, or remove this one"
 _HEADINGS = (
     "batch", "prefix", "prefill s", "ours", "attn off", "per seq.", "TB/s", "HF", "bound", "tokens/s of",
 )  # fmt: skip
@@ -40,10 +44,15 @@ class Results:
     Parameters
     ----------
     path : Path or None
-        The CSV; the JSON lies beside it, with the same name. Rows that are there are kept. None: nothing is
-        written.
+        The CSV; the JSON lies beside it, with the same name. Rows that are there are kept; a line that was
+        cut off is removed, and rows that only the JSON has are written again. None: nothing is written.
     about : dict, optional
         More facts about this run, as the commit.
+
+    Raises
+    ------
+    ValueError
+        If a file is there that is not such a table or its details, or is damaged; it is left as it is.
     """
 
     def __init__(self, path: Path | None, about: dict[str, Any] | None = None) -> None:
@@ -54,14 +63,19 @@ class Results:
         self._keys: set[tuple[Any, ...]] = set()
         if path is None:
             return
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                for x in csv.DictReader(file):
-                    sizes = (int(x[name]) for name in COLUMNS[1:4])
-                    self._keys.add((x["model"], *sizes, 0, 0))
-        if self._json.exists():
-            self._all |= json.loads(self._json.read_text(encoding="utf-8"))
-            self._keys |= {key_of(row) for row in self._all["rows"]}
+        # All that may be refused is read before anything is written.
+        listed, size = _read_table(path)
+        self._all |= _read_details(self._json)
+        flat = [row for row in self.rows if not row["branches"]]
+        if listed and flat and not listed & {key_of(row) for row in flat}:
+            raise ValueError(
+                f"{self._json} must have the details of {path}, got those of other rows; give another "
+                "file, or remove both"
+            )
+        self._keys = listed | {key_of(row) for row in self.rows}
+        if path.exists() and size < path.stat().st_size:
+            os.truncate(path, size)
+        self._append([row for row in flat if key_of(row) not in listed])
         self._all["runs"].append(self._run)
 
     @property
@@ -88,18 +102,9 @@ class Results:
         self.rows.append({**values.pop("case"), **values, "run": len(self._all["runs"]) - 1})
         self._keys.add(row.case.key)
         self._all["left_out"] = [x for x in self._all["left_out"] if key_of(x) != row.case.key]
-        if self.path is not None and not row.case.branches:
-            new = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if new:
-                    writer.writerow(COLUMNS)
-                cells = [*row.case.key[:4], *(getattr(row, name) for name in WAYS)]
-                writer.writerow(
-                    ["" if x is None else f"{x:.1f}" if isinstance(x, float) else x for x in cells]
-                )
-        self._write()
+        self._write()  # first: what the table lacks after an interruption is made up for from here
+        if not row.case.branches:
+            self._append(self.rows[-1:])
         heading, self._headed = not self._headed, True
         return as_text(row, heading)
 
@@ -119,6 +124,21 @@ class Results:
         self._run["seconds"] = seconds
         self._write()
 
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to the table, which gets its heading if it is new."""
+        if self.path is None or not rows:
+            return
+        new = not self.path.exists() or not self.path.stat().st_size
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(COLUMNS)
+            for row in rows:
+                cells = [row.get(name) for name in COLUMNS]
+                writer.writerow(
+                    ["" if x is None else f"{x:.1f}" if isinstance(x, float) else x for x in cells]
+                )
+
     def _write(self) -> None:
         if self.path is not None:
             self._json.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +149,57 @@ class Results:
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """Return `Case.key` of a record."""
-    return tuple(record[x] for x in ("model", "batch", "prefix", "completion", "branches", "branch"))
+    return tuple(record[x] for x in _KEY)
+
+
+def _read_table(path: Path) -> tuple[set[tuple[Any, ...]], int]:
+    """Return the cases in a table, and the size in bytes of its whole lines; a ValueError if it is none."""
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file for the table, got a folder; name a file in it")
+    if path.suffix == ".json":
+        raise ValueError(f"{path} must be a CSV file, the details being in a .json; name it .csv")
+    heading = ",".join(COLUMNS)
+    data = path.read_bytes() if path.exists() else b""
+    if heading.encode().startswith(data):  # nothing yet, or cut off within the heading
+        return set(), 0
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        lines = list(csv.reader(io.StringIO(whole.decode("utf-8"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be a CSV in UTF-8: {error}; {_REMEDY}") from error
+    if not lines or tuple(lines[0]) != COLUMNS:
+        got = data[:60].decode("utf-8", "replace").partition("\n")[0]
+        raise ValueError(f"{path} must begin with the columns {heading}, got {got!r}; {_REMEDY}")
+    listed = set()
+    for number, cells in enumerate(lines[1:], start=2):
+        if not cells:
+            continue
+        numbers = cells[1:4]
+        if len(cells) != len(COLUMNS) or not all(x.isascii() and x.isdigit() for x in numbers):
+            raise ValueError(
+                f"{path}:{number} must have {heading}, got {','.join(cells)[:60]!r}; remove that line"
+            )
+        listed.add((cells[0], *map(int, numbers), 0, 0))
+    return listed, len(whole)
+
+
+def _read_details(path: Path) -> dict[str, Any]:
+    """Return what the file beside a table says; a ValueError if it is something else."""
+    if not path.exists():
+        return {}
+    problem = f"{path}, beside the table, must have the table's details"
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{problem}: {error}; {_REMEDY}") from error
+    lists = [found.get(name) for name in ("runs", "rows", "left_out")] if isinstance(found, dict) else [None]
+    if not all(isinstance(x, list) for x in lists):
+        raise ValueError(f"{problem}, got a JSON file of something else; {_REMEDY}")
+    for record in found["rows"] + found["left_out"]:
+        lacking = [x for x in _KEY if x not in record] if isinstance(record, dict) else _KEY
+        if lacking:
+            raise ValueError(f"{problem}, got one without {', '.join(lacking)}; {_REMEDY}")
+    return dict(found)
 
 
 def facts() -> dict[str, Any]:
