@@ -11,7 +11,7 @@ import pytest
 import torch
 from conversations import QUESTIONS, SYSTEM, greedy, tokens
 from models import SMALL, make_model
-from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hydragen
 from hydragen.transformers import PrefixCache
@@ -120,6 +120,31 @@ def test_nothing_goes_on_from_a_cache_whose_pass_broke_off(
             run()
     cache.reset()
     assert answers(cache.prefill(SYSTEM), [[]]) == [greedy(ours, SYSTEM, 4)]
+
+
+def test_tokens_that_only_some_rows_have_got_are_not_fed_again(
+    ours: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydragen.transformers.cache.PREFILL_TOKENS", 8)
+    cache = PrefixCache(ours).prefill([SYSTEM, SYSTEM[:-1] + [3]]).fork()
+    run, calls = cache._run, []
+
+    def interrupted(rows: Any, ids: Any) -> torch.Tensor:
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(rows, ids)
+
+    monkeypatch.setattr(cache, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.extend([[5] * 7, [6] * 7])  # one row after the other
+    with pytest.raises(RuntimeError, match="broke off halfway"):
+        cache.extend([[5] * 7, [6] * 7])
+    cache.reset()
+    assert answers(cache, [[5], [6]]) == [
+        greedy(ours, SYSTEM + [5], 4),
+        greedy(ours, SYSTEM[:-1] + [3, 6], 4),
+    ]
 
 
 def test_rows_that_the_model_filled_itself_can_be_used(ours: PreTrainedModel) -> None:
@@ -256,53 +281,3 @@ def test_a_copy_goes_on_apart(ours: PreTrainedModel, copied: Any) -> None:
     assert copied(PrefixCache(ours)).num_rows == 0
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(cache)
-
-
-# Arguments
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"seed": True}, TypeError, "seed must be an integer"),
-        ({"seed": 2**70}, ValueError, "seed must fit in 64 bits"),
-        ({"temperature": "1", "do_sample": True}, TypeError, "temperature must be a number, got '1'"),
-        ({"temperature": True, "do_sample": True}, TypeError, "temperature must be a number, got True"),
-        ({"top_p": "0.5", "do_sample": True}, TypeError, "top_p must be a number"),
-        ({"do_sample": "no"}, TypeError, "do_sample must be True or False, got 'no'"),
-        ({"tokenizer": "x"}, TypeError, "tokenizer must be a transformers tokenizer, got str"),
-    ],
-    ids=str,
-)
-def test_options_by_name(
-    ours: PreTrainedModel, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        hydragen.generate(ours, SYSTEM, max_new_tokens=2, **options)
-    cache = PrefixCache(ours).prefill(SYSTEM)
-    with pytest.raises(error, match=message):
-        cache.generate([[5]], max_new_tokens=2, **options)
-    assert cache.lengths.tolist() == [20]
-
-
-def test_what_a_tokenizer_returns_and_no_system_prompt(ours: PreTrainedModel) -> None:
-    with pytest.raises(TypeError, match="got BatchEncoding; pass its input_ids"):
-        hydragen.generate(ours, BatchEncoding({"input_ids": [SYSTEM]}), max_new_tokens=2)
-    found = hydragen.generate(ours, [], QUESTIONS, max_new_tokens=3)
-    assert [one.token_ids for one in found] == [greedy(ours, question, 3) for question in QUESTIONS]
-
-
-def test_numpy_numbers_are_numbers(ours: PreTrainedModel) -> None:
-    options = {"do_sample": True, "max_new_tokens": 3}
-    first, second = (hydragen.generate(ours, SYSTEM, seed=seed, **options) for seed in (np.int64(3), 3))
-    assert first == second
-    assert PrefixCache(ours).prefill(SYSTEM).fork(np.int64(2)).num_rows == 2
-
-
-def test_what_a_generation_config_asks_for_is_not_dropped_in_silence(ours: PreTrainedModel) -> None:
-    ours.generation_config.repetition_penalty = 1.2
-    ours.generation_config.suppress_tokens = [5]
-    with pytest.warns(UserWarning, match=r"repetition_penalty=1\.2, suppress_tokens=\[5\], which hydragen"):
-        hydragen.generate(ours, SYSTEM, max_new_tokens=2)
-    with pytest.warns(UserWarning, match="generation_config asks for"):
-        PrefixCache(ours).prefill(SYSTEM).generate(max_new_tokens=2)

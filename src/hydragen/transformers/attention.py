@@ -170,8 +170,10 @@ def _ordinary(
         logits = softcap * torch.tanh(logits / softcap)
     if mask is None and q.shape[2] > 1:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    elif mask is not None:  # what is added to logits, as a caller may bring it
+        logits = logits + mask
     if sinks is not None:
         extra = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, extra], dim=-1)

@@ -159,11 +159,16 @@ class PrefixCache(CacheProtocol):
         new = [np.append(first[first >= 0], ids) for first, ids in zip(waiting, given, strict=True)]
         counts = np.array([ids.size for ids in new], dtype=np.int64)
         self.rows.reserve(counts)
-        for group in row_groups(counts, PREFILL_TOKENS):
-            for begin in range(0, int(counts[group].max()), PREFILL_TOKENS):
-                live = group[counts[group] > begin]
-                logits = self._run(live, [new[row][begin : begin + PREFILL_TOKENS] for row in live])
-                self._logits = self._logits.updated(live, logits, self.lengths)
+        fed = False
+        try:
+            for group in row_groups(counts, PREFILL_TOKENS):
+                for begin in range(0, int(counts[group].max()), PREFILL_TOKENS):
+                    live = group[counts[group] > begin]
+                    logits = self._run(live, [new[row][begin : begin + PREFILL_TOKENS] for row in live])
+                    self._logits, fed = self._logits.updated(live, logits, self.lengths), True
+        except BaseException:
+            self.rows.waiting |= fed  # some rows have their tokens, others do not
+            raise
         self._pending = Pending.none(self.num_rows)
         self._weights.see(self.model)
         return self

@@ -42,6 +42,14 @@ def load(model: str, dtype: str, device: str) -> Any:
             raise
         path, reason = damaged
         raise ValueError(f"{path} must hold weights, got a damaged file: {reason}; fetch it again") from error
+    except KeyError as error:
+        if error.args != ("hydragen",):
+            raise
+        # a table of attention classes, in which the name of an implementation is looked up
+        raise ValueError(
+            f"{model} must call its attention through transformers' AttentionInterface, got a model that has "
+            "its own kinds of attention built in; use the model's own cache"
+        ) from error
     return loaded.to(device).eval()
 
 

@@ -99,7 +99,7 @@ def draw_seeds(seed: int | Sequence[int] | None, count: int) -> IntArray:
             raise ValueError(f"seed must fit in 64 bits, got {seed}; give a smaller one")
         generator = torch.Generator("cpu").manual_seed(int(seed))
         return torch.randint(2**62, (count,), generator=generator, device="cpu").numpy()
-    seeds = token_row(seed, "seed")
+    seeds = token_row(seed, "seed").copy()  # answers are drawn later, from these
     if seeds.size != count:
         raise ValueError(f"seed must be an int, or {count} of them, one per sequence, got {seeds.size}")
     return seeds
