@@ -86,3 +86,19 @@ def unchanged_random_state() -> Iterator[None]:
     state = torch.get_rng_state()
     yield
     torch.set_rng_state(state)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model and its tokenizer, as the command line takes them."""
+    from command_line import save_model  # noqa: PLC0415 - needs the extra `cli`, which other tests do not
+
+    return save_model(tmp_path_factory.mktemp("command") / "model")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Two prompts in a file for the command line."""
+    from command_line import save_prompts  # noqa: PLC0415 - as above
+
+    return save_prompts(tmp_path / "prompts.jsonl")

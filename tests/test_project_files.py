@@ -61,7 +61,7 @@ import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition('.')[0] == 'triton':
-            raise ImportError('triton is blocked')
+            raise ModuleNotFoundError('no module named triton')
 sys.meta_path.insert(0, Blocked())
 import torch, hydragen
 kv = torch.ones(1, 3, 1, 4)

@@ -245,7 +245,7 @@ def test_an_encoder_that_is_loaded_as_a_decoder_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3"])
 def test_a_compiled_model_goes_over_a_cache(family: str) -> None:
     model = make_model(family)
     expected = [greedy(model, SYSTEM + question, 3) for question in QUESTIONS]
