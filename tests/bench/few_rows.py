@@ -96,6 +96,14 @@ def transposed(p):
 
 
 @gluon.jit
+def weights_of(p, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
+    """Weights [keys, rows], as the product with the values wants them."""
+    BLOCK_N: gl.constexpr = p.shape[0]
+    p = transposed(p.to(DTYPE)).reshape([BLOCK_N // 8, 8, 8]).permute((0, 2, 1)).reshape([BLOCK_N, ROWS])
+    return gl.convert_layout(p, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
 def fold_values(
     acc, running_max, running_sum, scores, v, scale_log2, DTYPE: gl.constexpr, V_OPERAND: gl.constexpr,
     P_OPERAND: gl.constexpr,
@@ -107,12 +115,70 @@ def fold_values(
     p = gl.exp2(scores * scale_log2 - new_max[None, :])
     alpha = gl.exp2(running_max - new_max)
     running_sum = running_sum * alpha[None, :] + p
-    p = transposed(p.to(DTYPE)).reshape([BLOCK_N // 8, 8, 8]).permute((0, 2, 1)).reshape([BLOCK_N, ROWS])
-    weights = gl.convert_layout(p, P_OPERAND, assert_trivial=True)
+    weights = weights_of(p, DTYPE, P_OPERAND)
     values = unpacked(v, DTYPE).reshape([BLOCK_N, HEAD_DIM_V // 64, 8, 8]).permute((1, 3, 2, 0))
     values = values.reshape([HEAD_DIM_V, BLOCK_N])
     values = gl.convert_layout(values, V_OPERAND, assert_trivial=True)
     return mma_v2(values, weights, acc * alpha[None, :]), new_max, running_sum
+
+
+@gluon.jit
+def load_queries(
+    q_ptr, place, q_len, stride_qb, stride_qt, stride_qh, HEAD_DIM: gl.constexpr, GROUP_SIZE: gl.constexpr,
+    GATHER_Q: gl.constexpr, OPERAND: gl.constexpr,
+):  # fmt: skip
+    """An item's rows for one KV head, [head_dim, ROWS]; 0 where there is none."""
+    tok_begin, num_tok, q_token_ptr, kv_head = place
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OPERAND))
+    local = rows // GROUP_SIZE
+    row_ok = local < num_tok
+    token = tok_begin + local
+    if GATHER_Q:
+        token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
+        row_ok = row_ok & (token >= 0)
+    q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
+    q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64) * stride_qh
+    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, OPERAND))
+    return gl.load(q_ptr + q_rows[None, :] + dims[:, None], mask=row_ok[None, :], other=0.0)
+
+
+@gluon.jit
+def store_rows(
+    acc, running_max, running_sum, tensors, place, dest, num_q_heads, GROUP_SIZE: gl.constexpr,
+    FLAGS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Write an item's rows [ROWS, head_dim_v] as kernels/attend.py does: outputs, or partials at `dest`."""
+    out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr = tensors
+    tok_begin, num_tok, q_token_ptr, kv_head = place
+    GATHER_Q: gl.constexpr = FLAGS[0]
+    FINAL: gl.constexpr = FLAGS[1]
+    HAS_SINKS: gl.constexpr = FLAGS[2]
+    HAS_LSE: gl.constexpr = FLAGS[3]
+    HEAD_DIM_V: gl.constexpr = acc.shape[1]
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    local = rows // GROUP_SIZE
+    row_ok = local < num_tok
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    dims = gl.arange(0, HEAD_DIM_V, layout=gl.SliceLayout(0, LAYOUT))
+    if FINAL:
+        token = tok_begin + local
+        if GATHER_Q:
+            token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
+            row_ok = row_ok & (token >= 0)
+        if HAS_SINKS:
+            sink = gl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(gl.float32)
+            acc, running_max, running_sum = fold_sink(acc, running_max, running_sum, sink)
+        out, lse = finish(acc, running_max, running_sum)
+        out_rows = token.to(gl.int64) * num_q_heads + head
+        out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM_V + dims[None, :]
+        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
+        if HAS_LSE:
+            gl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
+    else:
+        out, lse = finish(acc, running_max, running_sum)
+        part_rows = (dest + local).to(gl.int64) * num_q_heads + head
+        gl.store(part_out_ptr + part_rows[:, None] * HEAD_DIM_V + dims[None, :], out, mask=row_ok[:, None])
+        gl.store(part_lse_ptr + part_rows, lse, mask=row_ok)
 
 
 @gluon.jit
@@ -175,17 +241,10 @@ def attend_few(
     k = load_block(k_words, begin, end, begin, stride_kt // 2, K_LAYOUT, BLOCK_N, HEAD_DIM // 2, 7)
     v = load_block(v_words, begin, end, begin, stride_vt // 2, V_LAYOUT, BLOCK_N, HEAD_DIM_V // 2, 6)
 
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, Q_OPERAND))
-    local = rows // GROUP_SIZE
-    row_ok = local < num_tok
-    token = tok_begin + local
-    if GATHER_Q:
-        token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
-        row_ok = row_ok & (token >= 0)
-    q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
-    q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64) * stride_qh
-    q_dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, Q_OPERAND))
-    q = gl.load(q_ptr + q_rows[None, :] + q_dims[:, None], mask=row_ok[None, :], other=0.0)
+    place = (tok_begin, num_tok, q_token_ptr, kv_head)
+    q = load_queries(
+        q_ptr, place, q_len, stride_qb, stride_qt, stride_qh, HEAD_DIM, GROUP_SIZE, GATHER_Q, Q_OPERAND
+    )
 
     acc = gl.zeros([HEAD_DIM_V, ROWS], gl.float32, layout=MMA)
     running_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(0, MMA))
@@ -216,31 +275,10 @@ def attend_few(
     out = gl.convert_layout(out, OUT, assert_trivial=True)
     running_max = gl.convert_layout(running_max, gl.SliceLayout(1, OUT), assert_trivial=True)
     total = gl.convert_layout(gl.sum(running_sum, 0), gl.SliceLayout(1, OUT), assert_trivial=True)
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-    local = rows // GROUP_SIZE
-    row_ok = local < num_tok
-    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-    offs_dv = gl.arange(0, HEAD_DIM_V, layout=gl.SliceLayout(0, OUT))
-    if FINAL:
-        token = tok_begin + local
-        if GATHER_Q:
-            token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
-            row_ok = row_ok & (token >= 0)
-        if HAS_SINKS:
-            sink = gl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(gl.float32)
-            out, running_max, total = fold_sink(out, running_max, total, sink)
-        out, lse = finish(out, running_max, total)
-        out_rows = token.to(gl.int64) * num_q_heads + head
-        out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
-        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
-        if HAS_LSE:
-            gl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
-    else:
-        out, lse = finish(out, running_max, total)
-        part_rows = (dest + local).to(gl.int64) * num_q_heads + head
-        gl.store(part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :], out, mask=row_ok[:, None])
-        gl.store(part_lse_ptr + part_rows, lse, mask=row_ok)
-    if PDL:  # noqa: SIM102 - known to the compiler
+    tensors = (out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr)
+    FLAGS: gl.constexpr = (GATHER_Q, FINAL, HAS_SINKS, HAS_LSE)
+    store_rows(out, running_max, total, tensors, place, dest, num_q_heads, GROUP_SIZE, FLAGS, OUT)
+    if PDL:  # noqa: SIM102 - two ifs: this one is decided when the kernel is compiled
         # The merge waits for the launch before it only: so no launch may end before the one before it has.
         if gl.program_id(0) == gl.num_programs(0) - 1:
             gdc_wait()

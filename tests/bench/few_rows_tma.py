@@ -8,7 +8,7 @@ scores. Then the products with these keys, and with the values of the step befor
 their operands' arrival precedes.
 """
 
-from few_rows import ROWS, out_layout, transposed
+from few_rows import ROWS, load_queries, out_layout, store_rows, weights_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hydragen.kernels.fetch_sm90 import locate, num_blocks
-from hydragen.kernels.primitives import LN_2, LOWEST, finish, fold_sink
+from hydragen.kernels.primitives import LOWEST
 
 
 @gluon.jit
@@ -90,19 +90,10 @@ def attend_few(
                 row = v_row + i * BLOCK_N
                 ask(v_descs, level, levels, row, v_column, v_ring, v_full, i, V_STAGES, NUM_LEVELS)
 
-    tok_begin = gl.load(columns + 5)
-    num_tok = gl.load(columns + 6)
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, RIGHT))
-    local = rows // GROUP_SIZE
-    row_ok = local < num_tok
-    token = tok_begin + local
-    if GATHER_Q:
-        token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
-        row_ok = row_ok & (token >= 0)
-    q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
-    q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64) * stride_qh
-    q_dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, RIGHT))
-    q = gl.load(q_ptr + q_rows[None, :] + q_dims[:, None], mask=row_ok[None, :], other=0.0)
+    place = (gl.load(columns + 5), gl.load(columns + 6), q_token_ptr, kv_head)
+    q = load_queries(
+        q_ptr, place, q_len, stride_qb, stride_qt, stride_qh, HEAD_DIM, GROUP_SIZE, GATHER_Q, RIGHT
+    )
 
     acc = gl.zeros([HEAD_DIM_V, ROWS], gl.float32, layout=MMA)
     running_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(0, MMA))
@@ -150,41 +141,13 @@ def attend_few(
     out = gl.convert_layout(acc.permute((1, 0)), OUT)
     running_max = gl.convert_layout(new_max, gl.SliceLayout(1, OUT))
     total = gl.convert_layout(gl.sum(running_sum, 0), gl.SliceLayout(1, OUT))
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-    local = rows // GROUP_SIZE
-    row_ok = local < num_tok
-    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-    offs_dv = gl.arange(0, HEAD_DIM_V, layout=gl.SliceLayout(0, OUT))
-    num_q_heads: gl.constexpr = NUM_KV_HEADS * GROUP_SIZE
-    if FINAL:
-        token = tok_begin + local
-        if GATHER_Q:
-            token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
-            row_ok = row_ok & (token >= 0)
-        if HAS_SINKS:
-            sink = gl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(gl.float32)
-            out, running_max, total = fold_sink(out, running_max, total, sink)
-        out, lse = finish(out, running_max, total)
-        out_rows = token.to(gl.int64) * num_q_heads + head
-        out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
-        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
-        if HAS_LSE:
-            gl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
-    else:
-        out, lse = finish(out, running_max, total)
-        part_rows = (gl.load(columns + 8) + local).to(gl.int64) * num_q_heads + head
-        part_ptrs = part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
-        gl.store(part_ptrs, out, mask=row_ok[:, None])
-        gl.store(part_lse_ptr + part_rows, lse, mask=row_ok)
-    if PDL:  # noqa: SIM102 - known to the compiler
+    tensors = (out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr)
+    FLAGS: gl.constexpr = (GATHER_Q, FINAL, HAS_SINKS, HAS_LSE)
+    dest = gl.load(columns + 8)
+    store_rows(
+        out, running_max, total, tensors, place, dest, NUM_KV_HEADS * GROUP_SIZE, GROUP_SIZE, FLAGS, OUT
+    )
+    if PDL:  # noqa: SIM102 - two ifs: this one is decided when the kernel is compiled
         # The merge waits for the launch before it only: so no launch may end before the one before it has.
         if gl.program_id(0) == gl.num_programs(0) - 1:
             gdc_wait()
-
-
-@gluon.jit
-def weights_of(p, DTYPE: gl.constexpr, RIGHT: gl.constexpr):
-    """Weights [keys, rows], as the product with the values wants them."""
-    BLOCK_N: gl.constexpr = p.shape[0]
-    p = transposed(p.to(DTYPE)).reshape([BLOCK_N // 8, 8, 8]).permute((0, 2, 1)).reshape([BLOCK_N, ROWS])
-    return gl.convert_layout(p, RIGHT, assert_trivial=True)

@@ -16,7 +16,7 @@ from hydragen.transformers.jsonl import records
 try:
     import fcntl
 except ImportError:  # not on Windows, where nothing tells of a second process
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module, or nothing
 
 # Seeds, rows and answers are counted in 32 bits elsewhere; nobody waits for more.
 MOST_ANSWERS = 2**31

@@ -167,7 +167,8 @@ class PrefixCache(CacheProtocol):
                     logits = self._run(live, [new[row][begin : begin + PREFILL_TOKENS] for row in live])
                     self._logits, fed = self._logits.updated(live, logits, self.lengths), True
         except BaseException:
-            self.rows.waiting |= fed  # some rows have their tokens, others do not
+            if fed:  # some rows have their tokens, others do not
+                self.rows.waiting = self.rows.num_layers
             raise
         self._pending = Pending.none(self.num_rows)
         self._weights.see(self.model)
@@ -226,7 +227,7 @@ class PrefixCache(CacheProtocol):
 
         In-place updates show (an optimizer's step, load_state_dict), and so do new parameters. Writes by
         `.data` or numpy, buffers, hooks, optimizers with fused=True do not: call `invalidate` after those.
-        So is a model in training mode that drops values out, or caches to checkpoint gradients.
+        A model in training mode that drops values out, or caches to checkpoint gradients, is refused too.
         """
         self._weights.check(self.model)
 
