@@ -28,6 +28,7 @@ from hydragen.distributed import merge_over_ranks
 HEADS = [(32, 32), (32, 8)]
 AIM = {"32/32": 0.65}
 FLUSH_BYTES = 256 << 20
+FLUSHES = 16
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,7 +76,10 @@ class Timer:
             begin = time.perf_counter()
             ready()
             return time.perf_counter() - begin
-        torch.sum(self.flush)  # reads evict the caches
+        # Reads evict the caches, and take long enough for the host to have all that follows in the stream:
+        # a rank whose host is late would keep the others waiting within the exchange.
+        for _ in range(FLUSHES):
+            torch.sum(self.flush)
         dist.all_reduce(self.together)  # in the stream: nobody begins before all are here
         self.start.record()
         ready()
@@ -87,13 +91,9 @@ class Timer:
         """Median seconds of each, in turn so that slow spells slow all of them."""
         prepared = {name: self.ready(run) for name, run in runs.items()}
         times: dict[str, list[float]] = {name: [] for name in prepared}
-        # The exchange of a process's first rounds takes twice as long in three of four runs: a first half is
-        # not counted.
-        for number in range(2 * rounds):
+        for _ in range(rounds):
             for name, run in prepared.items():
-                seconds = self.time(run)
-                if number >= rounds:
-                    times[name].append(seconds)
+                times[name].append(self.time(run))
         slowest = torch.tensor(list(times.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return {name: statistics.median(of) for name, of in zip(times, slowest.tolist(), strict=True)}
