@@ -2,8 +2,8 @@
 
 For sm_80, sm_90 and sm_100 (or the architectures given as arguments): no register spills, no stack, shared
 memory within the limit, and the right matrix instruction: wgmma on sm_90 and tcgen05 on sm_100 for tiles of
-64 rows and more, mma.sync for the 16-row tile and on sm_80; for the specialised prefix tile of sm_90 also TMA
-and the hand-over of registers. Uses the Triton that is installed and the assembler it bundles.
+64 rows and more, mma.sync for the smaller ones and on sm_80; for the specialised tiles of sm_90 also TMA, and
+for the prefix tile the hand-over of registers. Uses the installed Triton and the assembler it bundles.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from hydragen.backends.launches import padded
-from hydragen.backends.prefix import MOST_LEVELS
+from hydragen.backends.tma import MOST_LEVELS
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
+from hydragen.kernels.warp_sm90 import attend_rows
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.target import Target
 from hydragen.tiles import (
@@ -39,6 +40,7 @@ from hydragen.tiles import (
     merge_registers,
     tiles_for,
 )
+from hydragen.warp_tiles import WARP_TILES, WarpTile
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical
@@ -64,8 +66,8 @@ RUN_VARIANTS: dict[str, dict[str, int]] = {
     "run, masked": {"RUNS": True, "CAUSAL": True, "WINDOW": True, "GATHER_Q": True, "HAS_LENS": True},
     "run, small pages": {"RUNS": True, "PAGE_SIZE": 1, "HAS_LENS": True, "FINAL": True},
 }
-# The same for the specialised prefix tile, which serves fewer kinds of call.
-PREFIX_VARIANTS: dict[str, dict[str, int]] = {
+# The same for the specialised tiles, which serve fewer kinds of call.
+SPECIAL_VARIANTS: dict[str, dict[str, int]] = {
     "decode": {},
     "four levels": {"NUM_LEVELS": 4},
     "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
@@ -73,7 +75,7 @@ PREFIX_VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
-_PREFIX_SIZES = (("bf16", 64), ("bf16", 128), ("fp16", 128))
+_SPECIAL_SIZES = (("bf16", 64), ("bf16", 128), ("fp16", 128))
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Case:
     arch: int
     dtype: str
     head_dim: int
-    tile: Tile | PrefixTile | MergeShape
+    tile: Tile | PrefixTile | WarpTile | MergeShape
     variant: str
 
     def __str__(self) -> str:
@@ -92,6 +94,8 @@ class Case:
             shape = f"merge {tile.heads}x{tile.unroll}"
         elif isinstance(tile, PrefixTile):
             shape = f"prefix {next(name for name, other in PREFIX_TILES.items() if other == tile)}"
+        elif isinstance(tile, WarpTile):
+            shape = f"warp {next(name for name, other in WARP_TILES.items() if other == tile)}"
         else:
             shape = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
         return f"sm_{self.arch} {self.dtype} head_dim {self.head_dim} {shape} {self.variant}"
@@ -114,8 +118,14 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
         found += [
             Case(90, dtype, head_dim, tile, variant)
             for name, tile in PREFIX_TILES.items()
-            for dtype, head_dim in ([("bf16", 256)] if name == "256" else _PREFIX_SIZES)
-            for variant in (PREFIX_VARIANTS if dtype == "bf16" else ["decode"])
+            for dtype, head_dim in ([("bf16", 256)] if name == "256" else _SPECIAL_SIZES)
+            for variant in (SPECIAL_VARIANTS if dtype == "bf16" else ["decode"])
+        ]
+        found += [
+            Case(90, dtype, head_dim, tile, variant)
+            for tile in WARP_TILES.values()
+            for dtype, head_dim in _SPECIAL_SIZES
+            for variant in (SPECIAL_VARIANTS if dtype == "bf16" else ["decode"])
         ]
     return found
 
@@ -138,7 +148,14 @@ def compile_case(case: Case) -> Any:
         registers = merge_registers(Target(case.arch, 132, 1.0, 1.0)) or None
         return _compile(merge, constants, types, case.arch, case.tile.num_warps, 3, registers)
     if isinstance(case.tile, PrefixTile):
-        return _compile_prefix(case, case.tile)
+        own = {
+            "STAGES": case.tile.num_stages, "CONSUMERS": case.tile.consumers,
+            "CONSUMER_REGISTERS": case.tile.consumer_registers, "Q_SHARED": case.tile.q_shared,
+        }  # fmt: skip
+        return _compile_special(case, case.tile, attend_prefix, own, 4)
+    if isinstance(case.tile, WarpTile):
+        own = {"K_STAGES": case.tile.k_stages, "V_STAGES": case.tile.v_stages}
+        return _compile_special(case, case.tile, attend_rows, own, 1)
     tile = case.tile
     variant = (VARIANTS | RUN_VARIANTS)[case.variant]
     itemsize = 4 if case.dtype == "fp32" else 2
@@ -174,16 +191,16 @@ def compile_case(case: Case) -> Any:
     return _compile(attend, constants, types, case.arch, tile.num_warps, tile.num_stages, registers)
 
 
-def _compile_prefix(case: Case, tile: PrefixTile) -> Any:
+def _compile_special(
+    case: Case, tile: PrefixTile | WarpTile, kernel: Any, own: dict[str, int], warps: int
+) -> Any:
     on = {
         "FINAL": False, "HAS_SINKS": False, "HAS_LSE": False, "GATHER_Q": False, "HAS_LENS": False,
         "NUM_LEVELS": 1,
     }  # fmt: skip
-    constants: dict[str, Any] = on | PREFIX_VARIANTS[case.variant] | {
+    constants: dict[str, Any] = on | SPECIAL_VARIANTS[case.variant] | own | {
         "q_len": 1, "GROUP_SIZE": GROUP_SIZE, "NUM_KV_HEADS": NUM_KV_HEADS, "HEAD_DIM": case.head_dim,
-        "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
-        "CONSUMERS": tile.consumers, "CONSUMER_REGISTERS": tile.consumer_registers, "Q_SHARED": tile.q_shared,
-        "PDL": True,
+        "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "PDL": True,
     }  # fmt: skip
     pointer, block = f"*{case.dtype}", f"{case.dtype}[{tile.block_n}, {case.head_dim}]"
     types: dict[str, Any] = {"q_ptr": pointer, "out_ptr": pointer, "sinks_ptr": pointer}
@@ -197,7 +214,7 @@ def _compile_prefix(case: Case, tile: PrefixTile) -> Any:
                 constants[field] = None
     for name in ("levels", "k_slot_rows", "v_slot_rows"):
         types[name] = ("i32",) * levels
-    return _compile(attend_prefix, constants, types, case.arch, 4, 3, tile.registers)
+    return _compile(kernel, constants, types, case.arch, warps, 3, tile.registers)
 
 
 def _compile(
@@ -272,6 +289,14 @@ def instructions(case: Case) -> tuple[str, ...]:
     """Return the instructions that a case must use; float32 has exact ones only by way of float64."""
     if isinstance(case.tile, PrefixTile):
         return ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "griddepcontrol.launch_dependents")
+    if isinstance(case.tile, WarpTile):
+        return (
+            "mma.sync",
+            "cp.async.bulk.tensor",
+            "redux.sync",
+            "movmatrix",
+            "griddepcontrol.launch_dependents",
+        )
     if isinstance(case.tile, MergeShape):
         return ()
     if case.dtype == "fp32":

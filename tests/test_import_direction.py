@@ -37,7 +37,7 @@ FLOORS: list[set[str]] = [
     {"tuning"},
     {"splits"},
     {"tiles"},
-    {"prefix_tiles"},
+    {"prefix_tiles", "warp_tiles"},
     {"kernels"},
     {"tree"},
     {"radix", "tree_changes", "tree_levels", "tree_text"},

@@ -13,36 +13,43 @@ from hydragen import PrefixTree
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200
+from hydragen.warp_tiles import WARP_TILES
 from hydragen.work import find_segments
 
 WIDE = replace(PREFIX_TILES["wide"], persistent=True)
+WIDE_1 = replace(PREFIX_TILES["wide+1"], persistent=True)
 NARROW = replace(PREFIX_TILES["narrow+2"], persistent=True)
+SMALL, MEDIUM, LARGE = (WARP_TILES[name] for name in ("small", "medium", "large"))
 SINGLE, OF_256 = PREFIX_TILES["single"], PREFIX_TILES["256"]
 # query heads, KV heads, head_dim, batch, prefix, suffix; of the prefix its tile (rows, keys a step, the
-# specialised one) and splits; of a suffix KV heads per program; the section of docs/experiments.md.
+# specialised one) and splits; of a suffix KV heads per program of the plain tile and the
+# one of a warp; the section of docs/experiments.md.
 SHARED = [
-    (32, 8, 128, 64, 4096, 128, (64, 64, SINGLE), 4, 2, "10"),
-    (32, 8, 128, 256, 16384, 128, (128, 64, WIDE), 2, 2, "10, 20"),
-    (32, 32, 128, 256, 16384, 128, (64, 64, SINGLE), 1, 8, "10"),
-    (32, 8, 128, 1024, 4096, 128, (128, 64, NARROW), 1, 4, "10"),
-    (32, 8, 128, 64, 16384, 128, (128, 64, WIDE), 6, 2, "32"),
-    (32, 8, 128, 128, 8192, 128, (128, 64, WIDE), 3, 1, "32"),
-    (32, 8, 128, 128, 16384, 128, (128, 64, WIDE), 3, 1, "32"),
-    (32, 8, 128, 64, 65536, 512, (128, 64, WIDE), 6, 2, "32"),
-    (32, 8, 128, 256, 65536, 512, (128, 64, WIDE), 2, 2, "32"),
-    (8, 1, 128, 512, 8192, 128, (128, 64, WIDE), 3, 1, "32"),
-    (32, 8, 128, 32, 16384, 128, (128, 64, WIDE), 10, 1, "33"),
-    (32, 8, 128, 48, 8192, 64, (128, 64, None), 8, 1, "33"),
-    (32, 8, 128, 64, 4096, 512, (64, 64, SINGLE), 2, 2, "12"),
-    (32, 32, 128, 64, 4096, 512, (64, 64, None), 1, 1, "12"),
-    (40, 40, 128, 256, 16256, 64, (128, 64, WIDE), 1, 8, "32"),
-    (40, 40, 128, 256, 16256, 128, (128, 64, WIDE), 1, 8, "32"),
-    (40, 40, 128, 512, 16256, 64, (128, 64, NARROW), 4, 8, "32"),
-    (8, 1, 128, 2048, 1024, 128, (128, 64, NARROW), 1, 1, "21"),
-    (32, 8, 64, 256, 4096, 128, (128, 64, NARROW), 2, 4, "17"),
-    (32, 8, 256, 256, 4096, 128, (64, 16, OF_256), 1, 4, "17"),
-    (32, 8, 256, 64, 16384, 128, (64, 16, OF_256), 3, 1, "32"),
-    (32, 32, 128, 16, 131072, 128, (16, 32, None), 50, 1, "16"),
+    (32, 8, 128, 64, 4096, 128, (64, 64, SINGLE), 4, 2, MEDIUM, "10, 38"),
+    (32, 8, 128, 256, 16384, 128, (128, 64, WIDE_1), 2, 4, SMALL, "38"),
+    (32, 32, 128, 256, 16384, 128, (128, 64, NARROW), 2, 8, MEDIUM, "38"),
+    (32, 8, 128, 1024, 4096, 128, (128, 64, NARROW), 1, 4, MEDIUM, "10, 38"),
+    (32, 8, 128, 64, 16384, 128, (128, 64, WIDE_1), 8, 2, SMALL, "38"),
+    (32, 8, 128, 128, 8192, 128, (128, 64, WIDE_1), 4, 4, SMALL, "38"),
+    (32, 8, 128, 128, 16384, 128, (128, 64, WIDE_1), 4, 4, SMALL, "38"),
+    (32, 8, 128, 64, 65536, 512, (128, 64, WIDE_1), 8, 2, SMALL, "38"),
+    (32, 8, 128, 256, 65536, 512, (128, 64, WIDE_1), 2, 4, SMALL, "38"),
+    (8, 1, 128, 512, 8192, 128, (128, 64, WIDE_1), 4, 1, SMALL, "38"),
+    (32, 8, 128, 32, 16384, 128, (64, 64, SINGLE), 8, 1, MEDIUM, "38"),
+    (32, 8, 128, 48, 8192, 64, (128, 64, None), 8, 1, None, "33"),
+    (32, 8, 128, 64, 4096, 512, (64, 64, SINGLE), 2, 2, MEDIUM, "12, 38"),
+    (32, 32, 128, 64, 4096, 512, (64, 64, None), 1, 1, LARGE, "12, 38"),
+    (40, 40, 128, 256, 16256, 64, (128, 64, WIDE_1), 3, 8, SMALL, "38"),
+    (40, 40, 128, 256, 16256, 128, (128, 64, NARROW), 3, 8, MEDIUM, "38"),
+    (40, 40, 128, 512, 16256, 64, (128, 64, WIDE_1), 4, 8, SMALL, "38"),
+    (8, 1, 128, 2048, 1024, 128, (128, 64, NARROW), 1, 1, MEDIUM, "21, 38"),
+    (32, 8, 64, 256, 4096, 128, (128, 64, NARROW), 2, 4, LARGE, "17, 38"),
+    (32, 8, 256, 256, 4096, 128, (64, 16, OF_256), 1, 4, None, "17"),
+    (32, 8, 256, 64, 16384, 128, (64, 16, OF_256), 3, 1, None, "32"),
+    (32, 32, 128, 16, 131072, 128, (16, 32, None), 50, 1, None, "16"),
+    (32, 8, 128, 1024, 65536, 128, (128, 64, WIDE), 1, 4, LARGE, "38"),
+    (32, 8, 128, 256, 16384, 512, (128, 64, NARROW), 2, 4, LARGE, "38"),
+    (32, 8, 128, 512, 16, 2048, (128, 64, NARROW), 1, 4, LARGE, "38"),
 ]
 # query heads, KV heads, batch, prefix, suffix; keys a step and splits of each row's own run; the section.
 APART = [
@@ -62,7 +69,7 @@ def segments(q_heads: int, kv_heads: int, head_dim: int, batch: int, prefix: int
 
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: "-".join(map(str, case[:6])))
 def test_a_shared_prefix(case) -> None:
-    *sizes, (rows, keys, prefix_tile), splits, suffix_heads, _ = case
+    *sizes, (rows, keys, prefix_tile), splits, suffix_heads, warp, _ = case
     found, tiles = segments(*sizes)
     tile = tiles[found.tile[0]]
     assert (tile.block_m, tile.block_n, tile.prefix) == (rows, keys, prefix_tile)
@@ -70,6 +77,7 @@ def test_a_shared_prefix(case) -> None:
     assert found.num_tok[0] == sizes[3]
     assert set(found.heads[1:].tolist()) == {suffix_heads}
     assert {tiles[index].block_m for index in found.tile[1:]} == {16}
+    assert {tiles[index].warp for index in found.tile[1:]} == {warp}
     assert (found.split_size[1:] >= found.kv_len[1:]).all()
 
 

@@ -58,12 +58,12 @@ def problem(**changes: Any) -> Problem:
 )
 @pytest.mark.parametrize("layout", ["packed", "levels"])
 def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.device) -> None:
-    from hydragen.backends.prefix import PrefixLauncher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tma import TmaLauncher  # noqa: PLC0415 - needs Triton
 
     check(problem(**changes), "triton", device, layout=layout, spare=150)
     (plan,) = api._PLANS.values()
     launchers = [found[0] for found in plan.uploads.values() if isinstance(found, tuple)]
-    assert any(isinstance(first[0], PrefixLauncher) for first in launchers if isinstance(first, tuple))
+    assert any(isinstance(first[0], TmaLauncher) for first in launchers if isinstance(first, tuple))
 
 
 def test_one_partial_is_written_as_output(device: torch.device) -> None:

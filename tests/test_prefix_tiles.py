@@ -79,14 +79,14 @@ def test_nobody_gets_it_before_it_is_measured() -> None:
     ("traffic", "num_blocks", "name", "persistent"),
     [
         (0.09, 256, "wide", True),
-        (0.36, 16, "wide", True),
-        (1.44, 256, "narrow+2", True),
-        (0.75, 240, "narrow+2", True),
-        (0.75, 160, "wide", True),
-        (1.44, 160, "wide", True),
-        (1.6, 160, "narrow+2", True),
-        (1.44, 128, "single", False),
-        (23, 64, "single", False),
+        (0.19, 16, "wide", True),
+        (0.36, 16, "single", False),
+        (0.36, 17, "wide+1", True),
+        (0.72, 256, "wide+1", True),
+        (0.96, 256, "narrow+2", True),
+        (1.44, 128, "narrow+2", True),
+        (23, 34, "narrow+2", True),
+        (1.44, 33, "single", False),
     ],
 )
 def test_what_is_best_for_a_shape(traffic: float, num_blocks: int, name: str, persistent: bool) -> None:
@@ -148,7 +148,7 @@ def test_one_launch_reads_several_levels_and_nothing_is_lost() -> None:
 def test_how_many_levels_one_launch_serves(levels_shared: int, served: bool) -> None:
     """A descriptor is an argument of the kernel; beyond those that it has, the plain tile does the launch."""
     from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
-    from hydragen.backends.prefix import PrefixLauncher, levels_of  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tma import TmaLauncher, levels_of  # noqa: PLC0415 - needs Triton
     from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
 
     kv = levels([(2, 256)] * levels_shared + [(512, 16)])
@@ -156,7 +156,7 @@ def test_how_many_levels_one_launch_serves(levels_shared: int, served: bool) -> 
     assert special(plan) == [True, False]
     assert levels_of(plan.work.launches[0]) == tuple(range(levels_shared))
     launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
-    assert isinstance(launcher, PrefixLauncher) == served
+    assert isinstance(launcher, TmaLauncher) == served
 
 
 @pytest.mark.triton
@@ -168,7 +168,7 @@ def test_how_many_levels_one_launch_serves(levels_shared: int, served: bool) -> 
 def test_which_calls_it_serves(what: str) -> None:
     """The plain tile stays behind it: options and layouts belong to the run, not to the plan."""
     from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
-    from hydragen.backends.prefix import PrefixLauncher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tma import TmaLauncher  # noqa: PLC0415 - needs Triton
     from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
 
     q, kv = zeros(256, 2, 8, 64), levels([(1, 512), (256, 16)])
@@ -190,7 +190,7 @@ def test_which_calls_it_serves(what: str) -> None:
     call, plan = planned(q, kv, **given)
     assert any(special(plan))
     launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
-    assert isinstance(launcher, PrefixLauncher) == (what in ("plain", "packed", "interleaved"))
+    assert isinstance(launcher, TmaLauncher) == (what in ("plain", "packed", "interleaved"))
 
 
 @pytest.mark.parametrize("tile", PREFIX_TILES.values(), ids=PREFIX_TILES.keys())

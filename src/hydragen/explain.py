@@ -223,7 +223,7 @@ def _explanation(
     for (depth, kv_len, rows, tokens, times, index, size), count in zip(
         kinds.tolist(), counts.tolist(), strict=True
     ):
-        block_m, splits = tiles[index].block_m, -(-kv_len // size)
+        block_m, splits = tiles[index].rows, -(-kv_len // size)
         costs.append(_cost(depth, kv_len, rows, tokens, times, count, block_m, splits, heads, target))
     flops, shared, unshared = (
         sum(getattr(c, name) for c in costs) for name in ("flops", "bytes", "bytes_unshared")

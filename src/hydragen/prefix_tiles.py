@@ -2,8 +2,8 @@
 
 A pure function of the problem, like tuning.py. Each entry of PREFIX_TILES compiles without spills
 (`ci/compile_gate.py`). What matters beside its speed alone is the room that a program leaves on its
-multiprocessor of 65,536 registers and 227 KB: a suffix program of 64 threads takes up to 12,288 registers and
-38 KB.
+multiprocessor of 65,536 registers and 227 KB: a suffix program of the plain tile takes up to 12,288 registers
+and 38 KB, one of warp_tiles.py 3,072 and 16 KB.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PrefixTile:
     persistent : bool
         As many programs as fit at once, each with several tasks: what is launched next begins right away.
     beside : int
-        Suffix programs that fit beside one of it at head_dim 128.
+        Suffix programs of the plain tile that fit beside one of it at head_dim 128.
     """
 
     block_n: int
@@ -61,25 +61,24 @@ class PrefixTile:
         return -(-num_tasks // -(-num_tasks // num_sms))
 
 
-# name -> tile; in brackets registers and KB of shared memory left beside one program at head_dim 128
+# name -> tile; in brackets registers and KB of shared memory left beside one program at head_dim 128, and the
+# programs that fit there: of the plain suffix tile, and of the smallest one of a warp
 PREFIX_TILES: dict[str, PrefixTile] = {
-    "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: nothing fits beside it
-    "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: two
-    "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: two, or a second program of its own
-    "256": PrefixTile(64, 2, 1, 168, 240, q_shared=True),  # for head_dim 256: [22,528; 63], nothing
+    "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: none
+    "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 63]: 1, 4
+    "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: 2, 7
+    "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: 2, 10; or a second one of its own
+    "256": PrefixTile(64, 2, 1, 168, 240, q_shared=True),  # for head_dim 256: [22,528; 63], none
 }
 
 # (head_dim, head_dim_v) for which the choice below has been measured, and the plain tile is slower.
 _MEASURED = {(64, 64), (128, 128), (256, 256)}
-# Below this ratio of the memory traffic beside the prefix to its compute, nothing needs room beside it.
-LITTLE_TRAFFIC = 0.72
-# Shares of the device's peak that the fastest tile, and specialised ones beside others, reach; the part of
-# the shorter of arithmetic and traffic that the longer does not hide; and what multiprocessors read that are
-# free meanwhile, over their share of the memory's bandwidth (docs/experiments.md, 14, 31 and 32).
-WIDE_SHARE, BESIDE_SHARE, NOT_HIDDEN, _FREE_SHARE = 0.85, 0.58, 0.265, 1.5
-# So much longer it may take by this count: it moves fewer partial results, and draws less power. With more
-# traffic than this, or more of it left, it has not been measured.
-_WIDE_MAY, _MOST_TRAFFIC, _MOST_LEFT = 1.08, 1.5, 0.25
+# Ratios of the memory traffic beside the prefix to its compute. Below the first, nothing needs room beside
+# it; below the second, a little room is enough: where measured times meet (docs/experiments.md, 38).
+_NO_TRAFFIC, LITTLE_TRAFFIC = 0.2, 0.95
+# Share of the device's peak that the fastest tile reaches; and what multiprocessors read that are free
+# meanwhile, over their share of the memory's bandwidth (docs/experiments.md, 14, 31 and 32).
+WIDE_SHARE, _FREE_SHARE = 0.85, 1.5
 
 
 def min_rows(head_dim: int) -> int:
@@ -99,12 +98,10 @@ def prefix_tile_for(
 ) -> PrefixTile | None:
     """Return the tile for shared segments of `min_rows` query rows and more; None: the plain one.
 
-    The fastest tile leaves no room beside it, and so do all of its kind that keep every multiprocessor busy:
-    measured on the 52 shapes of tests/bench/peers_h200.csv (docs/experiments.md), it is the best where the
-    prefix takes much longer than the traffic of everything else. Otherwise a tile that leaves room for two
-    suffix programs: a small one while there is at most one program of it per multiprocessor (two of them
-    would take that room), beyond that the one of two consumers; or the fastest again, where it leaves enough
-    multiprocessors free for the traffic.
+    The fastest tile leaves no room beside it: it is the best where there is next to nothing to do beside the
+    prefix. Otherwise one of two consumers that leaves room for suffix programs, the more of it the more they
+    have to do; or a small one where two consumers would leave most of the device without a program. Measured
+    on the 52 shapes of tests/bench/peers_h200.csv and others (docs/experiments.md, 38).
 
     Parameters
     ----------
@@ -125,13 +122,13 @@ def prefix_tile_for(
         return PREFIX_TILES["256"]  # the only one that fits
     if head_dim == 64:
         return replace(PREFIX_TILES["narrow+2"], persistent=True)
-    if traffic < LITTLE_TRAFFIC:
-        return replace(PREFIX_TILES["wide"], persistent=True)
-    if num_blocks <= num_sms:
+    if traffic < _NO_TRAFFIC:
+        name = "wide"
+    elif num_blocks <= num_sms // (8 if traffic < LITTLE_TRAFFIC else 4):
         return PREFIX_TILES["single"]
-    if _free_multiprocessors_do(traffic, num_blocks, num_sms):
-        return replace(PREFIX_TILES["wide"], persistent=True)
-    return replace(PREFIX_TILES["narrow+2"], persistent=True)
+    else:
+        name = "wide+1" if traffic < LITTLE_TRAFFIC else "narrow+2"
+    return replace(PREFIX_TILES[name], persistent=True)
 
 
 def left_over(traffic: float, busy: float, programs: int, num_sms: int) -> float:
@@ -142,18 +139,3 @@ def left_over(traffic: float, busy: float, programs: int, num_sms: int) -> float
     """
     free = max(0.0, 1 - programs / num_sms)
     return traffic - min(traffic, busy * min(1.0, _FREE_SHARE * free))
-
-
-def _free_multiprocessors_do(traffic: float, num_blocks: int, num_sms: int) -> bool:
-    """Whether the fastest tile, unsplit, leaves so many multiprocessors free that it is the best after all.
-
-    Times are in those of the prefix's compute at the device's peak, as `traffic` is.
-    """
-    programs = -(-num_blocks // 2)
-    if programs >= num_sms or traffic > _MOST_TRAFFIC:
-        return False
-    wide = num_sms / (programs * WIDE_SHARE)
-    left = left_over(traffic, wide, programs, num_sms)
-    compute = 1 / BESIDE_SHARE
-    narrow = max(compute, traffic) + NOT_HIDDEN * min(compute, traffic)
-    return left <= _MOST_LEFT * traffic and wide + left <= _WIDE_MAY * narrow

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from hydragen.prefix_tiles import PrefixTile
 from hydragen.target import Target
+from hydragen.warp_tiles import WARP_ROWS, WarpTile
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Tile:
         launches overlap.
     prefix : PrefixTile or None
         The specialised tile that serves the same rows where it can; this one serves the rest.
+    warp : WarpTile or None
+        The same for at most WARP_ROWS rows.
     """
 
     block_m: int
@@ -47,11 +50,17 @@ class Tile:
     resident: int = 1
     registers: int = 255
     prefix: PrefixTile | None = None
+    warp: WarpTile | None = None
 
     @property
     def beside(self) -> int:
         """Programs of the smallest tile that fit beside one of this on sm_90, the launches overlapping."""
         return 2 if self.prefix is None else self.prefix.beside
+
+    @property
+    def rows(self) -> int:
+        """Query rows per program of whichever tile runs."""
+        return self.block_m if self.warp is None else WARP_ROWS
 
     @property
     def step(self) -> int:

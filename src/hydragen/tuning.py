@@ -15,6 +15,7 @@ from hydragen.prefix_tiles import LITTLE_TRAFFIC, ROWS_BESIDE, PrefixTile, min_r
 from hydragen.splits import stream_seconds
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile
+from hydragen.warp_tiles import WARP_ROWS, WarpTile, warp_tile_for
 
 # Programs of one warp per multiprocessor up to which the merge has one head in each.
 _MERGE_PROGRAMS = 8
@@ -140,6 +141,45 @@ def specialise(
     chosen = chosen.copy()
     chosen[large] = len(tiles)
     return _with_prefix(tiles, special), chosen
+
+
+def with_warp(
+    tiles: tuple[Tile, ...],
+    chosen: IntArray,
+    all_keys: int,
+    kv_lens: IntArray,
+    rows: IntArray,
+    heads: tuple[int, int, int, int],
+    target: Target,
+) -> tuple[Tile, ...]:
+    """Return the tiles once the smallest has one of a single warp, if there is one for its segments.
+
+    The parameters are those of `specialise`, `chosen` what it returns.
+    """
+    num_kv_heads, head_dim, head_dim_v, itemsize = heads
+    few, others = (chosen == 0).nonzero()[0], chosen.nonzero()[0]
+    if not few.size or int(rows[few].max()) > WARP_ROWS:
+        return tiles
+    compute, traffic = at_peak(all_keys, kv_lens, rows, others, heads, target)
+    warp = warp_tile_for(
+        target.arch,
+        head_dim,
+        head_dim_v,
+        itemsize,
+        most_rows=int(rows[few].max()),
+        num_programs=few.size * num_kv_heads,
+        keys=float(kv_lens[few].mean()),
+        prefix=tiles[int(chosen.max())].prefix,
+        traffic=traffic / compute if compute else float("inf"),
+        num_blocks=int((-(-rows[others] // 64)).sum()) * num_kv_heads,
+        num_sms=target.num_sms,
+    )
+    return tiles if warp is None else _with_warp(tiles, warp)
+
+
+@lru_cache
+def _with_warp(tiles: tuple[Tile, ...], warp: WarpTile) -> tuple[Tile, ...]:
+    return (replace(tiles[0], warp=warp), *tiles[1:])
 
 
 @lru_cache

@@ -28,6 +28,7 @@ from hydragen.tuning import (
     heads_per_program,
     prefer_medium,
     specialise,
+    with_warp,
 )
 
 
@@ -70,6 +71,8 @@ def find_segments(
                 tile[largest] -= 1
     if not batch_invariant and specialised:
         tiles, tile = specialise(tiles, tile, all_keys, kv_len, rows, sizes, target)
+        if not small and runs.links.size == runs.node.size:
+            tiles = with_warp(tiles, tile, all_keys, kv_len, rows, sizes, target)
     dims = heads.head_dim + heads.head_dim_v
     seconds_per_key = heads.num_kv_heads * dims * heads.itemsize / target.bandwidth
     size, together = np.empty_like(kv_len), np.empty_like(kv_len)

@@ -29,7 +29,7 @@ from timing import GpuTimer, sample
 
 import hydragen
 from hydragen import prefix_tiles, tuning, work
-from hydragen.backends.prefix import WHY_NOT
+from hydragen.backends.tma import WHY_NOT
 
 SPARE = 100  # tokens of NaN behind the prefix: a block that ends past the segment must not see them
 REPLAYS = 30
@@ -57,7 +57,6 @@ class Variant:
 # Compile without spills as well, and are not chosen.
 MORE_TILES = {
     "narrow+1": prefix_tiles.PrefixTile(64, 3, 2, 128, 176, beside=1),
-    "wide+1": prefix_tiles.PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),
 }
 ALL_TILES = prefix_tiles.PREFIX_TILES | MORE_TILES
 PLAIN = Variant("as it is")

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from hydragen.backends.launch import INTERPRET, LOG2_E, Launcher
-from hydragen.backends.prefix import PrefixLauncher, prefix_launcher, serves
+from hydragen.backends.special import special_launcher
+from hydragen.backends.tma import TmaLauncher, can_fetch
 from hydragen.backends.tokens import Tokens
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
@@ -31,7 +32,7 @@ def padded(size: int, itemsize: int) -> int:
     return max(16 if INTERPRET or itemsize == 4 else 64, 1 << (size - 1).bit_length())
 
 
-def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> Launcher | PrefixLauncher:
+def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> Launcher | TmaLauncher:
     """Return the launch of one kind of tile; its tensors are those of `kernels.attend.attend`, in order."""
     q, nodes, heads, options, pages = call.q, call.nodes, plan.heads, call.options, call.nodes.pages
     launch = plan.work.launches[index]
@@ -105,8 +106,9 @@ def attend_launcher(plan: WorkPlan, call: Call, tokens: Tokens, index: int) -> L
         },
         _kinds(call),
     )
-    if serves(plan, call, tokens, launch, fold_scale):
-        return prefix_launcher(plan, call, tokens, launch, launcher, pdl, index > 0, _kinds(call))
+    special = tile.prefix is not None or (tile.warp is not None and not launch.has_runs)
+    if special and can_fetch(plan, call, tokens, launch, fold_scale):
+        return special_launcher(plan, call, tokens, launch, launcher, pdl, index > 0, _kinds(call))
     return launcher
 
 

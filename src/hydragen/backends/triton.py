@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hydragen.backends.launch import INTERPRET, LOG2_E, Launcher, alignment
 from hydragen.backends.launches import attend_launcher, merge_launcher
-from hydragen.backends.prefix import PrefixLauncher
+from hydragen.backends.tma import TmaLauncher
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.backends.uploads import Uploaded
 from hydragen.transforms import check_untransformed
@@ -183,7 +183,7 @@ def _table_arrays(plan: WorkPlan) -> list[NDArray[np.int32]]:
 
 def _launchers(
     plan: WorkPlan, call: Call, tokens: Tokens
-) -> tuple[tuple[Launcher | PrefixLauncher, ...], Launcher | None]:
+) -> tuple[tuple[Launcher | TmaLauncher, ...], Launcher | None]:
     """Return the launches of calls like this one, made the first time."""
     q, nodes, options, pages = call.q, call.nodes, call.options, call.nodes.pages
     key: tuple[Any, ...] = (
@@ -199,7 +199,7 @@ def _launchers(
         tokens.q_pos is None,
         tokens.kv_lens is None,
     )
-    found: tuple[tuple[Launcher | PrefixLauncher, ...], Launcher | None] | None = plan.uploads.get(key)
+    found: tuple[tuple[Launcher | TmaLauncher, ...], Launcher | None] | None = plan.uploads.get(key)
     if found is None:
         launches = range(len(plan.work.launches))
         attends = tuple(attend_launcher(plan, call, tokens, index) for index in launches)

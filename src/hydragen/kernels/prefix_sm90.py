@@ -160,7 +160,10 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=[queued])
         mbarrier.arrive(v_empty.index((done - 1) % STAGES), count=1)
 
-        # the same rows once more, as the result is laid out
+        # the same rows once more, as the result is laid out; read anew, since registers are scarce until here
+        tok_begin = gl.load(columns + 5)
+        num_tok = gl.load(columns + 6)
+        row_begin = gl.load(columns + 7) + WHICH * ROWS
         rows = row_begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
         local = rows // GROUP_SIZE
         row_ok = local < num_tok

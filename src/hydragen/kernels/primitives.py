@@ -73,12 +73,19 @@ def fold(acc, running_max, running_sum, part, part_lse):
 
 
 @triton.jit
-def finish(acc, running_max, running_sum):
-    """Normalise: (out, base-2 lse); nothing attended gives (0, -inf)."""
+def total_and_lse(running_max, running_sum):
+    """What to divide by, and the base-2 log-sum-exp; nothing attended gives (1, -inf)."""
     empty = running_sum == 0.0
     total = tl.where(empty, 1.0, running_sum)
     lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(total))
     lse = tl.where(running_max == float("inf"), running_max, lse)  # and not NaN, as `out` is
+    return total, lse
+
+
+@triton.jit
+def finish(acc, running_max, running_sum):
+    """Normalise: (out, base-2 lse); nothing attended gives (0, -inf)."""
+    total, lse = total_and_lse(running_max, running_sum)
     return acc / total[:, None], lse
 
 

@@ -1,0 +1,105 @@
+"""How the tile of kernels/warp_sm90.py may be launched, and which launches it serves.
+
+A pure function of the problem, like tuning.py. Each entry of WARP_TILES compiles without spills
+(`ci/compile_gate.py`); docs/experiments.md, 38, has the measurements behind the choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hydragen.prefix_tiles import PrefixTile
+
+# Stacked query rows of a segment that it can serve: the columns of one matrix product.
+WARP_ROWS = 8
+# (head_dim, head_dim_v) for which the choice has been measured.
+_MEASURED = {(64, 64), (128, 128)}
+# Programs per multiprocessor from which on they are worth more than what a larger program has in flight:
+# beside a specialised prefix tile, and elsewhere.
+_BESIDE, _ALONE = 1, 8
+# Above these ratios of traffic to compute of what is shared, suffix programs run alone for most of the time;
+# the last where a plain tile has the shared segments.
+_OFTEN, _MOSTLY, _NEARLY = 3.0, 10.0, 20.0
+# Keys and programs from which on fewer instructions a key count for more than many programs, where the prefix
+# leaves multiprocessors free.
+_MANY_KEYS, _MANY_PROGRAMS = 256, 32
+
+
+@dataclass(frozen=True)
+class WarpTile:
+    """One way to launch a program of a single warp, for at most WARP_ROWS rows and one KV head.
+
+    Attributes
+    ----------
+    block_n : int
+        Keys per step.
+    k_stages, v_stages : int
+        Steps of keys, and of values, in shared memory.
+    registers : int
+        Most registers per thread.
+    """
+
+    block_n: int
+    k_stages: int
+    v_stages: int
+    registers: int
+
+
+# name -> tile; in brackets KB of shared memory at head_dim 128
+WARP_TILES: dict[str, WarpTile] = {
+    "small": WarpTile(16, 1, 2, 96),  # [12.3]: four beside "wide+1"
+    "medium": WarpTile(16, 2, 2, 96),  # [16.4]: five beside "narrow+2"
+    "large": WarpTile(32, 2, 2, 128),  # [32.8]: two there; fewer instructions a key
+}
+
+
+def warp_tile_for(
+    arch: int,
+    head_dim: int,
+    head_dim_v: int,
+    itemsize: int,
+    *,
+    most_rows: int,
+    num_programs: int,
+    keys: float,
+    prefix: PrefixTile | None,
+    traffic: float,
+    num_blocks: int,
+    num_sms: int,
+) -> WarpTile | None:
+    """Return the tile for a launch whose segments have few query rows; None: the plain one.
+
+    Parameters
+    ----------
+    arch : int
+        Compute capability times ten: only 90 has these instructions and has been measured.
+    head_dim, head_dim_v : int
+        64 or 128; others have not been measured.
+    itemsize : int
+        Bytes per element: 2.
+    most_rows : int
+        Query rows per KV head of the largest segment.
+    num_programs : int
+        Segments times KV heads.
+    keys : float
+        Of a segment, on average.
+    prefix : PrefixTile or None
+        The specialised tile of the launch before.
+    traffic : float
+        Seconds of this launch's memory traffic for each second of compute of the others, at the peak.
+    num_blocks, num_sms : int
+        Blocks of 64 rows and one KV head in the others, and multiprocessors.
+    """
+    if arch != 90 or itemsize != 2 or (head_dim, head_dim_v) not in _MEASURED or most_rows > WARP_ROWS:
+        return None
+    if num_programs < (_ALONE if prefix is None else _BESIDE) * num_sms:
+        return None
+    if prefix is None:
+        return WARP_TILES["large"] if traffic >= _NEARLY else None
+    if prefix.beside == 0 or head_dim == 64 or traffic > _MOSTLY:
+        return WARP_TILES["large"]
+    if prefix.beside == 1:
+        return WARP_TILES["small"]
+    many = keys >= _MANY_KEYS or (traffic > _OFTEN and num_programs >= _MANY_PROGRAMS * num_sms)
+    free = prefix.consumers == 2 and num_blocks <= num_sms
+    return WARP_TILES["large" if many and free else "medium"]

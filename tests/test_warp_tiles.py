@@ -1,0 +1,118 @@
+"""The tile of a single warp as a choice: who gets it, which one, and who keeps the plain one."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hydragen
+from hydragen import PrefixTree
+from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
+from hydragen.queries import Heads, Queries
+from hydragen.target import H200, Target
+from hydragen.warp_tiles import WARP_TILES, WarpTile, warp_tile_for
+from hydragen.work import find_segments
+
+TYPICAL: dict[str, Any] = {
+    "most_rows": 4, "num_programs": 8192, "keys": 128.0, "prefix": PREFIX_TILES["narrow+2"], "traffic": 1.44,
+    "num_blocks": 256, "num_sms": 132,
+}  # fmt: skip
+
+
+def test_nobody_gets_it_before_it_is_measured() -> None:
+    assert warp_tile_for(90, 128, 128, 2, **TYPICAL) == WARP_TILES["medium"]
+    assert warp_tile_for(80, 128, 128, 2, **TYPICAL) is None
+    assert warp_tile_for(100, 128, 128, 2, **TYPICAL) is None
+    assert warp_tile_for(90, 128, 64, 2, **TYPICAL) is None
+    assert warp_tile_for(90, 256, 256, 2, **TYPICAL) is None
+    assert warp_tile_for(90, 128, 128, 4, **TYPICAL) is None
+    assert warp_tile_for(90, 128, 128, 2, **(TYPICAL | {"most_rows": 9})) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"prefix": "narrow+2"}, "medium"),
+        ({"prefix": "narrow+2", "num_blocks": 128}, "medium"),
+        ({"prefix": "narrow+2", "num_blocks": 128, "keys": 512.0}, "large"),
+        ({"prefix": "narrow+2", "num_blocks": 128, "traffic": 5.8}, "large"),
+        ({"prefix": "narrow+2", "num_blocks": 128, "traffic": 5.8, "num_programs": 2048}, "medium"),
+        ({"prefix": "narrow+2", "traffic": 23.0}, "large"),
+        ({"prefix": "wide+1", "traffic": 0.36}, "small"),
+        ({"prefix": "wide", "traffic": 0.09}, "large"),
+        ({"prefix": "single", "num_blocks": 32, "keys": 512.0, "num_programs": 512}, "medium"),
+        ({"prefix": "single", "num_blocks": 32, "num_programs": 131}, None),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048}, "large"),
+        ({"prefix": None, "traffic": float("inf"), "num_programs": 1055}, None),
+        ({"prefix": None, "traffic": 5.8, "num_programs": 2048}, None),
+    ],
+)
+def test_what_is_best_for_a_shape(changes: dict[str, Any], name: str | None) -> None:
+    given = TYPICAL | changes
+    given["prefix"] = None if changes["prefix"] is None else PREFIX_TILES[changes["prefix"]]
+    assert warp_tile_for(90, 128, 128, 2, **given) == (None if name is None else WARP_TILES[name])
+
+
+def test_short_heads_need_longer_steps() -> None:
+    assert warp_tile_for(90, 64, 64, 2, **TYPICAL) == WARP_TILES["large"]
+
+
+def smallest(
+    tree: list[list[int]] | PrefixTree, q_len: int = 1, target: Target = H200, **how: Any
+) -> tuple[WarpTile | None, int]:
+    """Return what the smallest tile of a plan has, and the rows that it is said to compute."""
+    tree = PrefixTree.from_levels(tree) if isinstance(tree, list) else tree
+    queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, np.full(tree.num_rows, q_len))
+    heads = Heads(32, 8, 128, 128, 2)
+    _found, tiles = find_segments(
+        tree, tree.kv_lens, queries, heads, target, how.pop("batch_invariant", False), **how
+    )
+    return tiles[0].warp, tiles[0].rows
+
+
+def test_who_gets_it() -> None:
+    usual = [[4096], [128] * 256]
+    assert smallest(usual) == (WARP_TILES["medium"], 8)
+    assert smallest(usual, q_len=2) == (WARP_TILES["small"], 8)  # twice the compute of the prefix
+    assert smallest(usual, q_len=3) == (None, 16)  # 12 rows
+    assert smallest([[4096], [128] * 2]) == (None, 16)  # few programs
+    assert smallest(usual, specialised=False) == (None, 16)  # another tree may follow
+    assert smallest(usual, batch_invariant=True) == (None, 16)
+    assert smallest(usual, target=replace(H200, arch=80))[0] is None
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(2, WARP_TILES["medium"]), (3, None)])
+def test_one_segment_of_more_rows_and_the_launch_is_the_plain_tiles(
+    shared: int, expected: WarpTile | None
+) -> None:
+    parents = [-1] + [0] * 256
+    tree = PrefixTree.from_parents(
+        parents, kv_lens=[4096] + [128] * 256, row_to_node=[*range(1, 257), *[256] * (shared - 1)]
+    )
+    assert smallest(tree)[0] == expected
+
+
+def test_explain_says_its_rows() -> None:
+    own = hydragen.explain(
+        PrefixTree.from_levels([[4096], [128] * 256]), num_q_heads=32, num_kv_heads=8, head_dim=128
+    ).segments[1]
+    assert (own.block_m, own.reads) == (8, 1)
+
+
+@pytest.mark.parametrize("tile", WARP_TILES.values(), ids=WARP_TILES.keys())
+def test_so_many_find_room(tile: WarpTile) -> None:
+    """As the tables say: beside the prefix tiles that are chosen with each."""
+    step = tile.block_n * 128 * 2
+    size = step * (tile.k_stages + tile.v_stages) + 1024
+    beside = {"small": ("wide+1", 4), "medium": ("narrow+2", 5), "large": ("narrow+2", 2)}
+    name, programs = beside[next(n for n, other in WARP_TILES.items() if other == tile)]
+    registers, memory = room_beside(PREFIX_TILES[name])
+    assert min(registers // (tile.registers * 32), memory // size) == programs
+
+
+def room_beside(prefix: PrefixTile) -> tuple[int, int]:
+    """Return registers, and bytes of shared memory, that one program leaves on its multiprocessor."""
+    rings = 2 * prefix.num_stages * prefix.block_n * 128 * 2
+    queries = prefix.block_m * 128 * 2 * prefix.q_shared
+    return 65536 - prefix.registers * 128 * (prefix.consumers + 1), (227 << 10) - rings - queries - 1024
