@@ -66,7 +66,7 @@ def served() -> bool:
         {"num_q_heads": 2, "sharpness": "very_negative"},
         {"num_q_heads": 7, "num_kv_heads": 1},
         {"q_lens": (2,) * 90, "scale": 0.2, "sinks": True},
-        {"row_to_node": tuple(range(91, 1, -1)), "q_lens": tuple(i % 3 for i in range(90))},
+        {"row_to_node": tuple(range(91, 1, -1)), "q_lens": tuple(1 + i % 2 for i in range(90))},
         {"parents": (-1, 0, *[0] * 45, *[1] * 45), "sharpness": "flat"},
     ],
 )

@@ -22,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fetch_sm90 import locate, num_blocks, produce, wait_for
-from .primitives import LN_2, LOWEST, finish, fold_sink
+from .primitives import LN_2, LOWEST, fold_sink, total_and_lse
 
 # Rows of a consumer: the rows of one wgmma instruction.
 ROWS = gl.constexpr(64)
@@ -179,14 +179,16 @@ def consume(
             if HAS_SINKS:
                 sink = gl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(gl.float32)
                 acc, running_max, running_sum = fold_sink(acc, running_max, running_sum, sink)
-            out, lse = finish(acc, running_max, running_sum)
+            total, lse = total_and_lse(running_max, running_sum)
+            out = acc * (1.0 / total)[:, None]
             out_rows = token.to(gl.int64) * NUM_Q_HEADS + head
             out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
             gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
             if HAS_LSE:
                 gl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
         else:
-            out, lse = finish(acc, running_max, running_sum)
+            total, lse = total_and_lse(running_max, running_sum)
+            out = acc * (1.0 / total)[:, None]
             part_rows = (gl.load(columns + 8) + local).to(gl.int64) * NUM_Q_HEADS + head
             part_ptrs = part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
             gl.store(part_ptrs, out, mask=row_ok[:, None])
