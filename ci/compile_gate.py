@@ -14,120 +14,31 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from compile_cases import RUN_VARIANTS, SPECIAL_VARIANTS, VARIANTS, Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from hydragen.backends.launches import padded
-from hydragen.backends.tma import MOST_LEVELS
+from hydragen.backends.tma import MOST_LEVELS, box
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
 from hydragen.kernels.warp_sm90 import attend_rows
-from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
+from hydragen.prefix_tiles import PrefixTile
 from hydragen.target import Target
-from hydragen.tiles import (
-    MERGES,
-    MergeShape,
-    Tile,
-    few_tile,
-    has_double_matrices,
-    merge_registers,
-    tiles_for,
-)
-from hydragen.warp_tiles import WARP_TILES, WarpTile
+from hydragen.tiles import MergeShape, has_double_matrices, merge_registers
+from hydragen.warp_tiles import WarpTile
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory that one program may ask for, in bytes: CUDA C++ Programming Guide, table "technical
 # specifications".
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 NUM_LEVELS, GROUP_SIZE, NUM_KV_HEADS = 2, 4, 8
-
-# What a call can ask for, as sets of kernel flags that cover every branch at least once.
-VARIANTS: dict[str, dict[str, int]] = {
-    "decode": {},
-    "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
-    "masked": {"CAUSAL": True, "WINDOW": True, "GATHER_Q": True, "HAS_LENS": True, "STRIDED": True},
-    "soft cap": {"SOFTCAP": True, "FOLD_SCALE": False, "CAUSAL": True, "FINAL": True, "HAS_LSE": True},
-    "padded head_dim": {"PADDED": True, "CAUSAL": True},
-    "growing": {"HAS_LENS": True, "GATHER_Q": True},
-    "small pages": {"PAGE_SIZE": 1, "HAS_LENS": True},  # a page for every key
-    "large pages": {"PAGE_SIZE": 64, "HAS_LENS": True},  # a page for every step
-}
-# Several segments one after another: of the smallest tile only.
-RUN_VARIANTS: dict[str, dict[str, int]] = {
-    "run": {"RUNS": True},
-    "run, one partial": {"RUNS": True, "FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
-    "run, masked": {"RUNS": True, "CAUSAL": True, "WINDOW": True, "GATHER_Q": True, "HAS_LENS": True},
-    "run, small pages": {"RUNS": True, "PAGE_SIZE": 1, "HAS_LENS": True, "FINAL": True},
-}
-# The same for the specialised tiles, which serve fewer kinds of call.
-SPECIAL_VARIANTS: dict[str, dict[str, int]] = {
-    "decode": {},
-    "four levels": {"NUM_LEVELS": 4},
-    "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
-    "gathered": {"GATHER_Q": True, "HAS_LENS": True},
-}
-
-
-_SPECIAL_SIZES = (("bf16", 64), ("bf16", 128), ("fp16", 128))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel to compile."""
-
-    arch: int
-    dtype: str
-    head_dim: int
-    tile: Tile | PrefixTile | WarpTile | MergeShape
-    variant: str
-
-    def __str__(self) -> str:
-        tile = self.tile
-        if isinstance(tile, MergeShape):
-            shape = f"merge {tile.heads}x{tile.unroll}"
-        elif isinstance(tile, PrefixTile):
-            shape = f"prefix {next(name for name, other in PREFIX_TILES.items() if other == tile)}"
-        elif isinstance(tile, WarpTile):
-            shape = f"warp {next(name for name, other in WARP_TILES.items() if other == tile)}"
-        else:
-            shape = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
-        return f"sm_{self.arch} {self.dtype} head_dim {self.head_dim} {shape} {self.variant}"
-
-
-def cases(architectures: tuple[int, ...]) -> list[Case]:
-    """List every tile of every tuning table with every variant."""
-    found = []
-    for arch in architectures:
-        target = Target(arch, 132, 1.0, 1.0)
-        for head_dim in (64, 128, 256):
-            for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-                for size in (head_dim, head_dim - 3):  # a row of whole 16-byte words, and one of odd length
-                    tiles = tiles_for(target, size, size, itemsize)
-                    for tile in dict.fromkeys((*tiles, few_tile(tiles))):
-                        variants = [*VARIANTS, *RUN_VARIANTS] if tile.block_m <= 16 else [*VARIANTS]
-                        found += [Case(arch, dtype, size, tile, variant) for variant in variants]
-            found += [Case(arch, "bf16", head_dim, shape, "decode") for shape in MERGES.values()]
-    if 90 in architectures:
-        found += [
-            Case(90, dtype, head_dim, tile, variant)
-            for name, tile in PREFIX_TILES.items()
-            for dtype, head_dim in ([("bf16", 256)] if name == "256" else _SPECIAL_SIZES)
-            for variant in (SPECIAL_VARIANTS if dtype == "bf16" else ["decode"])
-        ]
-        found += [
-            Case(90, dtype, head_dim, tile, variant)
-            for tile in WARP_TILES.values()
-            for dtype, head_dim in _SPECIAL_SIZES
-            for variant in (SPECIAL_VARIANTS if dtype == "bf16" else ["decode"])
-        ]
-    return found
 
 
 def compile_case(case: Case) -> Any:
@@ -196,13 +107,14 @@ def _compile_special(
 ) -> Any:
     on = {
         "FINAL": False, "HAS_SINKS": False, "HAS_LSE": False, "GATHER_Q": False, "HAS_LENS": False,
-        "NUM_LEVELS": 1,
+        "NUM_LEVELS": 1, "PAGE_SIZE": 0,
     }  # fmt: skip
     constants: dict[str, Any] = on | SPECIAL_VARIANTS[case.variant] | own | {
         "q_len": 1, "GROUP_SIZE": GROUP_SIZE, "NUM_KV_HEADS": NUM_KV_HEADS, "HEAD_DIM": case.head_dim,
         "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "PDL": True,
     }  # fmt: skip
-    pointer, block = f"*{case.dtype}", f"{case.dtype}[{tile.block_n}, {case.head_dim}]"
+    keys, columns = box(tile, case.head_dim, constants["PAGE_SIZE"])
+    pointer, block = f"*{case.dtype}", f"{case.dtype}[{keys}, {columns}]"
     types: dict[str, Any] = {"q_ptr": pointer, "out_ptr": pointer, "sinks_ptr": pointer}
     levels = int(constants["NUM_LEVELS"])
     for name in ("k_desc", "v_desc"):

@@ -23,7 +23,10 @@ from bench_results import merged, write_tables
 from count_tests import count
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("src", "reference", "tests", "property_tests", "ci/compile_gate.py", "pyproject.toml")
+SOURCES = (
+    *("src", "reference", "tests", "property_tests", "ci/compile_gate.py", "ci/compile_cases.py"),
+    "pyproject.toml",
+)
 
 
 def first_line(*command: str) -> str:

@@ -11,6 +11,7 @@ import hydragen
 from hydragen import api, tuning, work
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
+from hydragen.testing.pages import paged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,6 +65,27 @@ def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.
     (plan,) = api._PLANS.values()
     launchers = [found[0] for found in plan.uploads.values() if isinstance(found, tuple)]
     assert any(isinstance(first[0], TmaLauncher) for first in launchers if isinstance(first, tuple))
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 128, 256])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 64, "head_dim_v": 64, "num_q_heads": 16}])
+def test_pages_hold_the_same_bits(
+    changes: dict[str, Any], page_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scattered, NaN behind the last key: as packed."""
+    from hydragen.backends import tma  # noqa: PLC0415 - needs Triton
+
+    monkeypatch.setattr(tma, "MEASURED_PAGES", {page_size})
+    asked = problem(**changes)
+    packed = check(asked, "triton", device)
+    api._PLANS.clear()
+    inputs = asked.tensors()
+    pages = paged(asked, inputs, page_size, seed=1, spare=40)
+    found = check(asked, "triton", device, replace(inputs, pages=pages), layout="paged")
+    (plan,) = api._PLANS.values()
+    launchers = [found[0] for found in plan.uploads.values() if isinstance(found, tuple)]
+    assert any(isinstance(first[0], tma.TmaLauncher) for first in launchers if isinstance(first, tuple))
+    assert all(torch.equal(a, b) for a, b in zip(packed, found, strict=True))
 
 
 def test_one_partial_is_written_as_output(device: torch.device) -> None:

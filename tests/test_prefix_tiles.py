@@ -193,6 +193,40 @@ def test_which_calls_it_serves(what: str) -> None:
     assert isinstance(launcher, TmaLauncher) == (what in ("plain", "packed", "interleaved"))
 
 
+@pytest.mark.triton
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize(
+    ("size", "measured", "served"),
+    [
+        (16, True, True),
+        (128, True, True),
+        (8, True, True),
+        (24, True, False),
+        (4, True, False),
+        (16, False, False),
+    ],
+)
+def test_which_pages_it_serves(
+    size: int, measured: bool, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of whole groups of 8 keys that fill a step or are filled by steps, once they are measured."""
+    from hydragen.backends import tma  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - the same
+    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
+
+    if measured:
+        monkeypatch.setattr(tma, "MEASURED_PAGES", {size})
+    pages = -(-512 // size)
+    kv = PagedKV(
+        zeros(600, size, 2, 64), zeros(600, size, 2, 64), [0, pages, pages + 1], np.arange(pages + 1)
+    )
+    tree = hydragen.PrefixTree.from_parents([-1, 0], row_to_node=[1] * 256)
+    call, plan = planned(zeros(256, 2, 8, 64), kv, tree=tree)
+    assert any(special(plan))
+    launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
+    assert isinstance(launcher, tma.TmaLauncher) == served
+
+
 @pytest.mark.parametrize("tile", PREFIX_TILES.values(), ids=PREFIX_TILES.keys())
 def test_registers_add_up(tile: PrefixTile) -> None:
     """What the producer gives away is what the consumers get, and a multiprocessor has that many."""

@@ -1,5 +1,6 @@
 """The tile of a single warp on a GPU, every candidate of it, judged as the plain one is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from judged import check
 import hydragen
 from hydragen import api, tuning, work
 from hydragen.testing import Problem
+from hydragen.testing.pages import paged
 from hydragen.warp_tiles import WARP_ROWS, WARP_TILES
 
 pytestmark = [
@@ -74,6 +76,25 @@ def served() -> bool:
 def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.device) -> None:
     check(problem(**changes), "triton", device, layout=layout, spare=50)
     assert served()
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 48, 128])
+@pytest.mark.parametrize("changes", [{}, {"num_q_heads": 2, "head_dim": 64, "head_dim_v": 64}])
+def test_pages_hold_the_same_bits(
+    changes: dict[str, Any], page_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scattered, shared by nobody, NaN behind the last key: as packed."""
+    from hydragen.backends import tma  # noqa: PLC0415 - needs Triton
+
+    monkeypatch.setattr(tma, "MEASURED_PAGES", {page_size})
+    asked = problem(**changes)
+    packed = check(asked, "triton", device)
+    api._PLANS.clear()
+    inputs = asked.tensors()
+    pages = paged(asked, inputs, page_size, seed=1, spare=40)
+    found = check(asked, "triton", device, replace(inputs, pages=pages), layout="paged")
+    assert served()
+    assert all(torch.equal(a, b) for a, b in zip(packed, found, strict=True))
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])

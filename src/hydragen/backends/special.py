@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from hydragen.backends.launch import LOG2_E, Launcher
-from hydragen.backends.tma import WHY_NOT, TmaLauncher, attend_prefix, attend_rows, levels_of
+from hydragen.backends.tma import (
+    WHY_NOT,
+    TmaLauncher,
+    attend_prefix,
+    attend_rows,
+    box,
+    levels_of,
+    special_tile,
+)
 from hydragen.backends.tokens import Tokens
 from hydragen.layout import Launch
+from hydragen.prefix_tiles import PrefixTile
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 
@@ -34,16 +43,29 @@ def special_launcher(
         Whether launches overlap, and whether this one follows another of the same call.
     kinds : what else decides the compiled code
     """
-    prefix, warp = launch.tile.prefix, launch.tile.warp
-    if WHY_NOT is not None:
-        raise ImportError(f"this Triton has no Gluon as the specialised tiles need it: {WHY_NOT}")
+    pages = call.nodes.pages
+    page_size = 0 if pages is None else pages.size
+    tile = special_tile(launch, page_size)
+    if tile is None or WHY_NOT is not None:
+        raise ValueError(
+            f"launch.tile must have a specialised tile that this Triton knows, got {launch.tile} for pages "
+            f"of {page_size} ({WHY_NOT}); launch the plain one"
+        )
     q, heads, options, final = call.q, plan.heads, call.options, plan.work.final
     levels, strides = levels_of(launch), (call.nodes.k_strides, call.nodes.v_strides)
     num_items = launch.items.shape[0]
-    num_tasks = num_items * heads.num_kv_heads
+    programs = num_tasks = num_items * heads.num_kv_heads
+    own: tuple[int, ...]
+    if isinstance(tile, PrefixTile):
+        kernel, first = attend_prefix, num_tasks
+        programs = tile.num_programs(num_tasks, plan.target.num_sms)
+        own = (tile.num_stages, tile.consumers, tile.consumer_registers, tile.q_shared)
+    else:
+        kernel, first, own = attend_rows, 0, (tile.k_stages, tile.v_stages)
     numbers = (
-        0 if prefix is None else num_tasks,  # the warp tile's `zero`
+        first,  # num_tasks; `zero` of the tile of one warp
         num_items,
+        0 if pages is None else pages.num_pages,
         q.shape[1] if q.dim() == 4 else 1,
         levels,
         *(tuple([side[level][0] // side[level][1] for level in levels]) for side in strides),  # slot_rows
@@ -52,8 +74,13 @@ def special_launcher(
         q.stride(1) if q.dim() == 4 else 0,
         q.stride(-2),
     )
-    sizes = (heads.group_size, heads.num_kv_heads, heads.head_dim, heads.head_dim_v)
-    flags = (
+    constants = (
+        heads.group_size,
+        heads.num_kv_heads,
+        heads.head_dim,
+        heads.head_dim_v,
+        tile.block_n,
+        *own,
         tokens.token is not None,  # GATHER_Q
         tokens.kv_lens is not None,  # HAS_LENS
         final,  # FINAL
@@ -61,19 +88,10 @@ def special_launcher(
         options.return_lse,  # HAS_LSE
         pdl,  # PDL
         len(levels),  # NUM_LEVELS
+        page_size,
     )
-    own: tuple[int, ...]
-    if prefix is not None:
-        kernel, block_n = attend_prefix, prefix.block_n
-        programs = prefix.num_programs(num_tasks, plan.target.num_sms)
-        own = (block_n, prefix.num_stages, prefix.consumers, prefix.consumer_registers, prefix.q_shared)
-        how = {"num_warps": 4, "maxnreg": prefix.registers}
-    elif warp is not None:
-        kernel, block_n, programs = attend_rows, warp.block_n, num_tasks
-        own = (block_n, warp.k_stages, warp.v_stages)
-        how = {"num_warps": 1, "maxnreg": warp.registers}
-    else:
-        raise ValueError(f"launch.tile must have a specialised tile, got {launch.tile}; launch the plain one")
-    how["launch_pdl"] = pdl and waits
-    launcher = Launcher(kernel, (programs, 1, 1), numbers, (*sizes, *own, *flags), how, kinds)
-    return TmaLauncher(launcher, plain, levels, block_n, strides)
+    warps = 4 if isinstance(tile, PrefixTile) else 1
+    how = {"num_warps": warps, "maxnreg": tile.registers, "launch_pdl": pdl and waits}
+    launcher = Launcher(kernel, (programs, 1, 1), numbers, constants, how, kinds)
+    boxes = box(tile, heads.head_dim, page_size), box(tile, heads.head_dim_v, page_size)
+    return TmaLauncher(launcher, plain, levels, boxes, strides)

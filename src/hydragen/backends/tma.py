@@ -12,8 +12,10 @@ from hydragen.backends.launch import Launcher, alignment
 from hydragen.backends.tokens import Tokens
 from hydragen.kv import NodeKV, Strides
 from hydragen.layout import ITEM_COLUMNS, Launch
+from hydragen.prefix_tiles import PrefixTile
 from hydragen.queries import Heads
 from hydragen.validation import Call
+from hydragen.warp_tiles import WARP_TILES, WarpTile
 from hydragen.work import WorkPlan
 
 try:  # Gluon is an experimental part of Triton: where its names differ, the plain tile serves everything
@@ -29,6 +31,8 @@ __all__ = ["MOST_LEVELS", "WHY_NOT", "TmaLauncher", "attend_prefix", "attend_row
 
 # Levels of KV that one launch can read: a tensor descriptor is an argument of the kernel.
 MOST_LEVELS = 4
+# Page sizes with which the specialised tiles have been measured: the plain tile has the others.
+MEASURED_PAGES: frozenset[int] = frozenset()
 
 
 class TmaLauncher:
@@ -44,8 +48,7 @@ class TmaLauncher:
         The same work on the plain tile.
     levels : tuple of int
         The levels of KV that it reads.
-    block_n : int
-        Keys that the kernel fetches at once.
+    boxes : (keys, elements of a row) that the kernel fetches at once, of k and of v
     strides : (strides of k, strides of v), of every level
     """
 
@@ -54,17 +57,17 @@ class TmaLauncher:
         launcher: Launcher,
         plain: Launcher,
         levels: tuple[int, ...],
-        block_n: int,
+        boxes: tuple[tuple[int, int], tuple[int, int]],
         strides: tuple[tuple[Strides, ...], tuple[Strides, ...]],
     ) -> None:
         self.launcher = launcher
-        self._plain, self._levels, self._block_n, self._strides = plain, levels, block_n, strides
+        self._plain, self._levels, self._boxes, self._strides = plain, levels, boxes, strides
         self._none = (None,) * (MOST_LEVELS - len(levels))
         self._fields: dict[tuple[int, int, torch.Size], dict[str, Any]] = {}
 
     def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
         """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them."""
-        q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, token, _, _, kv_lens, _ = tensors
+        q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, token, _, _, kv_lens, pages = tensors
         if not all(aligned):
             used = [x for levels in (ks, vs) for x in (levels[level] for level in self._levels)]
             if not all(alignment(tuple(used))):
@@ -80,14 +83,15 @@ class TmaLauncher:
                 described.__dict__ = {**fields, "base": x}
                 descriptors.append(described)
             descriptors += self._none
-        self.launcher((*descriptors, out, lse, part_out, part_lse, sinks, items, token, kv_lens), aligned)
+        buffers = (out, lse, part_out, part_lse, sinks, items, token, kv_lens, pages)
+        self.launcher((*descriptors, *buffers), aligned)
 
     def _describe(self, side: int, level: int, x: Tensor) -> dict[str, Any]:
-        """Describe k (0) or v (1) of a level as [keys of all slots, num_kv_heads * head_dim]."""
+        """Describe k (0) or v (1) of a level as [keys of all slots or pages, num_kv_heads * head_dim]."""
         slot, row, head, _ = self._strides[side][level]
         tokens = x.shape[-3]
         rows = tokens if x.dim() == 3 or x.shape[0] == 1 else (x.shape[0] - 1) * (slot // row) + tokens
-        shape, block = [rows, x.shape[-2] * head], [self._block_n, head]
+        shape, block = [rows, x.shape[-2] * head], list(self._boxes[side])
         fields = dict(vars(TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)), base=None)
         self._fields[side, level, x.shape] = fields
         return fields
@@ -103,13 +107,39 @@ def can_fetch(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch, fold_s
         return False
     if not fold_scale or tokens.q_pos is not None:
         return False
-    if nodes.pages is not None or call.q.stride(-1) != 1:
+    if call.q.stride(-1) != 1:
+        return False
+    size = 0 if nodes.pages is None else nodes.pages.size
+    if size and (size not in MEASURED_PAGES or special_tile(launch, size) is None):
         return False
     levels = levels_of(launch)
     sides = ((nodes.k_strides, heads.head_dim), (nodes.v_strides, heads.head_dim_v))
     return len(levels) <= MOST_LEVELS and all(
         _describable(strides[level], size, heads, nodes, level) for level in levels for strides, size in sides
     )
+
+
+def special_tile(launch: Launch, page_size: int) -> PrefixTile | WarpTile | None:
+    """Return the specialised tile that serves a launch; None if pages of this size do not fit any.
+
+    Boxes are of whole groups of 8 keys, as shared memory is laid out, and of one page each; the tile of one
+    warp fetches a step at once.
+    """
+    prefix, warp = launch.tile.prefix, launch.tile.warp
+    if page_size == 0:
+        return prefix or warp
+    if prefix is not None:
+        fits = page_size % 8 == 0 and (page_size % prefix.block_n == 0 or prefix.block_n % page_size == 0)
+        return prefix if fits else None
+    smaller = (tile for tile in (warp, WARP_TILES["medium"]) if tile is not None)
+    return next((tile for tile in smaller if page_size % tile.block_n == 0), None)
+
+
+def box(tile: PrefixTile | WarpTile, head_dim: int, page_size: int) -> tuple[int, int]:
+    """Return the keys and elements of a row that a kernel fetches at once; `page_size` 0: no pages."""
+    if page_size == 0 or isinstance(tile, WarpTile):
+        return tile.block_n, head_dim
+    return min(tile.block_n, page_size), 64
 
 
 def levels_of(launch: Launch) -> tuple[int, ...]:

@@ -3,6 +3,9 @@
 Blocks travel by TMA into two rings of STAGES slots, one of keys and one of values. A block's number counts
 all blocks that a program has had in its ring, over all its tasks: it gives the slot, and the parity of the
 two barriers that say whether the slot is full, or empty again.
+
+Of a pool of pages a block is brought in boxes of at most a page's keys and 64 of a row's elements, which is
+how shared memory is laid out: the first 64 of all rows, then the next.
 """
 
 from triton.experimental import gluon
@@ -45,6 +48,70 @@ def fetch(desc, row, column, ring, full, empty, block, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def page_row(pages_ptr, num_pages, position, page_rows, PAGE_SIZE: gl.constexpr):
+    """The row of a pool that holds the key at `position`; page numbers are clamped as in kernels/block.py."""
+    page = gl.load(pages_ptr + position // PAGE_SIZE)
+    return gl.minimum(gl.maximum(page, 0), num_pages - 1) * page_rows + position % PAGE_SIZE
+
+
+@gluon.jit
+def fetch_pages(
+    desc, pages, position, last, page_rows, column, ring, full, empty, block, STAGES: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """As `fetch`, keys from `position` on; behind the segment's `last` key rows of its page again."""
+    pages_ptr, num_pages = pages
+    BLOCK_N: gl.constexpr = ring.shape[1]
+    SIZE: gl.constexpr = ring.shape[2]
+    KEYS: gl.constexpr = desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = desc.block_type.shape[1]
+    wait_for(empty, block, 1, STAGES)
+    slot = block % STAGES
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes * (BLOCK_N // KEYS) * (SIZE // COLUMNS))
+    # as it lies in shared memory; Gluon has no public name for this
+    parts = ring.index(slot)._reinterpret(  # noqa: SLF001
+        desc.dtype, [SIZE // COLUMNS, BLOCK_N, COLUMNS], desc.layout
+    )
+    for i in gl.static_range(BLOCK_N // KEYS):
+        row = page_row(pages_ptr, num_pages, gl.minimum(position + i * KEYS, last), page_rows, PAGE_SIZE)
+        for j in gl.static_range(SIZE // COLUMNS):
+            box = parts.index(j).slice(i * KEYS, KEYS, dim=0)
+            tma.async_copy_global_to_shared(desc, [row, column + j * COLUMNS], full.index(slot), box)
+
+
+@gluon.jit
+def fetch_paged_segment(
+    k_desc, v_desc, pages, begin, end, k_page_rows, v_page_rows, kv_head, blocks, done, rings,
+    SIZES: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """As `fetch_segment`, of a segment whose pages are numbered from pages[0] on."""
+    k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
+    BLOCK_N: gl.constexpr = SIZES[4]
+    STAGES: gl.constexpr = SIZES[5]
+    k_column = kv_head * SIZES[2]
+    v_column = kv_head * SIZES[3]
+    last = gl.maximum(end - 1, begin)
+    position = begin + (blocks - 1) * BLOCK_N
+    fetch_pages(
+        k_desc, pages, position, last, k_page_rows, k_column, k_ring, k_full, k_empty, done, STAGES, PAGE_SIZE
+    )
+    for i in range(1, blocks):
+        fetch_pages(
+            k_desc, pages, position - BLOCK_N, last, k_page_rows, k_column, k_ring, k_full, k_empty, done + i,
+            STAGES, PAGE_SIZE,
+        )  # fmt: skip
+        fetch_pages(
+            v_desc, pages, position, last, v_page_rows, v_column, v_ring, v_full, v_empty, done + i - 1,
+            STAGES, PAGE_SIZE,
+        )  # fmt: skip
+        position -= BLOCK_N
+    fetch_pages(
+        v_desc, pages, position, last, v_page_rows, v_column, v_ring, v_full, v_empty, done + blocks - 1,
+        STAGES, PAGE_SIZE,
+    )  # fmt: skip
+
+
+@gluon.jit
 def fetch_segment(
     k_desc, v_desc, k_row, v_row, kv_head, blocks, done, rings, SIZES: gl.constexpr
 ):  # fmt: skip
@@ -66,12 +133,15 @@ def fetch_segment(
 
 
 @gluon.jit
-def produce(descs, rings, work, SIZES: gl.constexpr, NUM_LEVELS: gl.constexpr, HAS_LENS: gl.constexpr):
+def produce(
+    descs, rings, work, SIZES: gl.constexpr, NUM_LEVELS: gl.constexpr, HAS_LENS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
     """Fetch the keys and values of the program's tasks in the order in which the consumers need them.
 
     A descriptor is of one tensor and cannot be chosen at run time: there is code for each level.
     """
-    k_descs, v_descs, levels, k_slot_rows, v_slot_rows = descs
+    k_descs, v_descs, levels, k_slot_rows, v_slot_rows, pages = descs
     items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _ = work
     BLOCK_N: gl.constexpr = SIZES[4]
     done = 0  # blocks of earlier tasks
@@ -82,9 +152,16 @@ def produce(descs, rings, work, SIZES: gl.constexpr, NUM_LEVELS: gl.constexpr, H
         begin = gl.load(columns + 3)
         blocks = num_blocks(begin, end, BLOCK_N)
         last = begin + (blocks - 1) * BLOCK_N
-        for i in gl.static_range(NUM_LEVELS):
-            k_row = node_slot * k_slot_rows[i] + last
-            v_row = node_slot * v_slot_rows[i] + last
-            if level == levels[i]:
-                fetch_segment(k_descs[i], v_descs[i], k_row, v_row, kv_head, blocks, done, rings, SIZES)
+        if PAGE_SIZE > 0:
+            own = (pages[0] + node_slot, pages[1])
+            fetch_paged_segment(
+                k_descs[0], v_descs[0], own, begin, end, k_slot_rows[0], v_slot_rows[0], kv_head, blocks,
+                done, rings, SIZES, PAGE_SIZE,
+            )  # fmt: skip
+        else:
+            for i in gl.static_range(NUM_LEVELS):
+                k_row = node_slot * k_slot_rows[i] + last
+                v_row = node_slot * v_slot_rows[i] + last
+                if level == levels[i]:
+                    fetch_segment(k_descs[i], v_descs[i], k_row, v_row, kv_head, blocks, done, rings, SIZES)
         done += blocks

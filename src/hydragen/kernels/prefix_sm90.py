@@ -199,22 +199,25 @@ def consume(
 def attend_prefix(
     q_ptr, k_desc, k_desc_1, k_desc_2, k_desc_3, v_desc, v_desc_1, v_desc_2, v_desc_3,
     out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
-    items_ptr, q_token_ptr, kv_lens_ptr,
-    num_tasks, num_items, q_len, levels, k_slot_rows, v_slot_rows, scale_log2,
+    items_ptr, q_token_ptr, kv_lens_ptr, pages_ptr,
+    num_tasks, num_items, num_pages, q_len, levels, k_slot_rows, v_slot_rows, scale_log2,
     stride_qb, stride_qt, stride_qh,
     GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     Q_SHARED: gl.constexpr, GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr,
     FINAL: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, PDL: gl.constexpr,
-    NUM_LEVELS: gl.constexpr,
+    NUM_LEVELS: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Attend items: task t is item t % num_items for KV head t // num_items.
 
     Program i takes tasks i, i + num_programs, ... The items lie in NUM_LEVELS levels of KV, whose numbers are
     `levels`. The descriptors describe each level's tensors, in the same order, as [keys of all slots,
     num_kv_heads * head_dim] in blocks of [BLOCK_N, head_dim]; those after the last are None. Slot s begins at
-    key s * k_slot_rows, v_slot_rows of its level. A TMA block never reads outside the tensor, but it may read
-    past the segment's end. `scale_log2` must be positive. Everything else is as in kernels/attend.py.
+    key s * k_slot_rows, v_slot_rows of its level. With PAGE_SIZE there is one level, a pool: a node's pages
+    are listed from its slot of `pages_ptr` on, page p begins at key p * k_slot_rows, v_slot_rows, and blocks
+    are [min(BLOCK_N, PAGE_SIZE), 64]; PAGE_SIZE divides BLOCK_N, or BLOCK_N it. A TMA block never reads
+    outside the tensor, but it may read past the segment's end. `scale_log2` must be positive. Everything else
+    is as in kernels/attend.py.
     """
     if PDL:
         # The next launch may take what room this one leaves, as soon as all of this one is placed.
@@ -248,7 +251,8 @@ def attend_prefix(
     strides = (stride_qb, stride_qt, stride_qh)
     k_descs = (k_desc, k_desc_1, k_desc_2, k_desc_3)
     v_descs = (v_desc, v_desc_1, v_desc_2, v_desc_3)
-    descs = (k_descs, v_descs, levels, k_slot_rows, v_slot_rows)
+    pages = (pages_ptr, num_pages) if PAGE_SIZE > 0 else ()
+    descs = (k_descs, v_descs, levels, k_slot_rows, v_slot_rows, pages)
     SIZES: gl.constexpr = (GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, CONSUMERS)
     FLAGS: gl.constexpr = (Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE)
     if CONSUMERS == 2:
@@ -256,7 +260,7 @@ def attend_prefix(
             [
                 (consume, (tensors, rings, handover, work, strides, 0, SIZES, FLAGS)),
                 (consume, (tensors, rings, handover, work, strides, 1, SIZES, FLAGS)),
-                (produce, (descs, rings, work, SIZES, NUM_LEVELS, HAS_LENS)),
+                (produce, (descs, rings, work, SIZES, NUM_LEVELS, HAS_LENS, PAGE_SIZE)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -265,7 +269,7 @@ def attend_prefix(
         gl.warp_specialize(
             [
                 (consume, (tensors, rings, handover, work, strides, 0, SIZES, FLAGS)),
-                (produce, (descs, rings, work, SIZES, NUM_LEVELS, HAS_LENS)),
+                (produce, (descs, rings, work, SIZES, NUM_LEVELS, HAS_LENS, PAGE_SIZE)),
             ],
             [1],
             [PRODUCER_REGISTERS],

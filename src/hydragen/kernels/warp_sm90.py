@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .fetch_sm90 import locate
+from .fetch_sm90 import locate, page_row
 from .primitives import LN_2, LOG2_E, LOWEST, total_and_lse
 
 # Query rows: the columns of one mma.
@@ -39,6 +39,18 @@ def ask(descs, level, levels, row, column, ring, full, block, STAGES: gl.constex
     for i in gl.static_range(NUM_LEVELS):
         if NUM_LEVELS == 1 or level == levels[i]:
             tma.async_copy_global_to_shared(descs[i], [row, column], full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def block_row(block, first_row, place, page_rows, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The row at which block number `block` of a segment begins; of pages past the last key, that key's."""
+    begin, last, pages_ptr, num_pages = place
+    if PAGE_SIZE > 0:
+        position = gl.minimum(begin + block * BLOCK_N, last)
+        row = page_row(pages_ptr, num_pages, position, page_rows, PAGE_SIZE)
+    else:
+        row = first_row + block * BLOCK_N
+    return row
 
 
 @gluon.jit
@@ -105,17 +117,18 @@ def places(
 def attend_rows(
     q_ptr, k_desc, k_desc_1, k_desc_2, k_desc_3, v_desc, v_desc_1, v_desc_2, v_desc_3,
     out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
-    items_ptr, q_token_ptr, kv_lens_ptr,
-    zero, num_items, q_len, levels, k_slot_rows, v_slot_rows, scale_log2,
+    items_ptr, q_token_ptr, kv_lens_ptr, pages_ptr,
+    zero, num_items, num_pages, q_len, levels, k_slot_rows, v_slot_rows, scale_log2,
     stride_qb, stride_qt, stride_qh,
     GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr, FINAL: gl.constexpr, HAS_SINKS: gl.constexpr,
-    HAS_LSE: gl.constexpr, PDL: gl.constexpr, NUM_LEVELS: gl.constexpr,
+    HAS_LSE: gl.constexpr, PDL: gl.constexpr, NUM_LEVELS: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Attend item program_id // NUM_KV_HEADS, of at most ROWS rows, for one KV head.
 
-    HEAD_DIM is 64 or 128. Descriptors, levels and slots are as in kernels/prefix_sm90.py's attend_prefix.
+    HEAD_DIM is 64 or 128. Descriptors, levels, slots and pages are as in kernels/prefix_sm90.py's
+    attend_prefix, but that blocks are [BLOCK_N, head_dim] of pages too, and PAGE_SIZE a multiple of BLOCK_N.
     `zero` is 0, which the compiler must not know. `scale_log2` must be positive.
     """
     if PDL:
@@ -156,13 +169,14 @@ def attend_rows(
     v_descs = (v_desc, v_desc_1, v_desc_2, v_desc_3)
     k_column = kv_head * HEAD_DIM
     v_column = kv_head * HEAD_DIM_V
+    place = (begin, gl.maximum(end - 1, begin), pages_ptr + slot, num_pages)
     for i in gl.static_range(max(K_STAGES, V_STAGES)):
         if i < blocks:
             if i < K_STAGES:
-                row = k_row + i * BLOCK_N
+                row = block_row(i, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
                 ask(k_descs, level, levels, row, k_column, k_ring, k_full, i, K_STAGES, NUM_LEVELS)
             if i < V_STAGES - 1:
-                row = v_row + i * BLOCK_N
+                row = block_row(i, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
                 ask(v_descs, level, levels, row, v_column, v_ring, v_full, i, V_STAGES, NUM_LEVELS)
 
     tok_begin = gl.load(columns + 5)
@@ -186,17 +200,20 @@ def attend_rows(
     # of each of a thread's keys apart: their sum is taken once, at the end
     running_sum = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=MMA)
     for block in range(whole):
+        # of pages the number is on its way while this block is waited for
+        next_k = block_row(block + K_STAGES, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
+        next_v = block_row(block + V_STAGES - 1, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
         mbarrier.wait(k_full.index(block % K_STAGES), (block // K_STAGES) & 1)
         scores = scores_of(k_ring.index(block % K_STAGES), q, MMA, LEFT)
         logits = scores * scale_log2 - running_max[None, :]
         above = any_of(logits > RESCALE)
         if block + K_STAGES < blocks:
-            row = k_row + (block + K_STAGES) * BLOCK_N + (above & zero)
+            row = next_k + (above & zero)
             ask(k_descs, level, levels, row, k_column, k_ring, k_full, block + K_STAGES, K_STAGES, NUM_LEVELS)
         if block + V_STAGES - 1 < blocks:  # into the slot of the step before
-            next_v = block + V_STAGES - 1
-            row = v_row + next_v * BLOCK_N + (above & zero)
-            ask(v_descs, level, levels, row, v_column, v_ring, v_full, next_v, V_STAGES, NUM_LEVELS)
+            row = next_v + (above & zero)
+            after = block + V_STAGES - 1
+            ask(v_descs, level, levels, row, v_column, v_ring, v_full, after, V_STAGES, NUM_LEVELS)
         if above != 0:
             acc, running_max, running_sum = raise_maximum(acc, running_max, running_sum, scores, scale_log2)
             logits = scores * scale_log2 - running_max[None, :]

@@ -1,0 +1,110 @@
+"""Tensor descriptors of the specialised tiles: they address what the kernels mean, in every layout served."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_prefix_tiles import planned
+
+import hydragen
+from hydragen import PackedKV, PagedKV, tuning
+from hydragen.prefix_tiles import PREFIX_TILES
+from hydragen.warp_tiles import WARP_TILES
+
+pytestmark = pytest.mark.triton
+
+ROWS, KEYS, OWN, HEADS, DIM = 128, 300, 40, 2, 64
+OFFSETS = [0, *(KEYS + OWN * np.arange(ROWS + 1)).tolist()]
+
+
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Specialised tiles for both launches, and for pages of every size."""
+    from hydragen.backends import tma  # noqa: PLC0415 - needs Triton
+
+    monkeypatch.setattr(tuning, "prefix_tile_for", lambda *_, **__: PREFIX_TILES["narrow+2"])
+    monkeypatch.setattr(tuning, "warp_tile_for", lambda *_, **__: WARP_TILES["large"])
+    monkeypatch.setattr(tma, "MEASURED_PAGES", range(1, 1000))
+
+
+def draw(*size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).half()
+
+
+def padded(interleaved: bool) -> Any:
+    """Two levels with room to spare; k and v from one tensor each, or one after the other of every token."""
+    if interleaved:
+        both = [draw(n, keys, 2, HEADS, DIM) for n, keys in ((1, KEYS + 9), (ROWS, OWN + 5))]
+        return [(x[:, :, 0], x[:, :, 1]) for x in both]
+    return [(draw(n, keys, HEADS, DIM), draw(n, keys, HEADS, DIM)) for n, keys in ((1, KEYS), (ROWS, OWN))]
+
+
+def paged(size: int, together: bool) -> PagedKV:
+    """Scattered pages; k and v in pools of their own, or in one."""
+    counts = [-(-KEYS // size), *[-(-OWN // size)] * ROWS]
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    table = np.random.default_rng(0).permutation(int(indptr[-1]) + 7)[: indptr[-1]].astype(np.int32)
+    pools = draw(int(indptr[-1]) + 7, 2, size, HEADS, DIM)
+    k, v = pools[:, 0], pools[:, 1]
+    return (
+        PagedKV(k, v, indptr, table) if together else PagedKV(k.contiguous(), v.contiguous(), indptr, table)
+    )
+
+
+CASES: dict[str, Any] = {
+    "padded": (lambda: padded(interleaved=False), 0),
+    "interleaved": (lambda: padded(interleaved=True), 0),
+    "packed": (lambda: PackedKV(*(draw(OFFSETS[-1], HEADS, DIM) for _ in range(2)), OFFSETS), 0),
+    "pages of 16": (lambda: paged(16, together=False), 16),
+    "pages of 32, one pool": (lambda: paged(32, together=True), 32),
+    "pages of 128": (lambda: paged(128, together=False), 128),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_they_address_what_the_kernels_mean(name: str) -> None:
+    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tma import TmaLauncher, attend_prefix  # noqa: PLC0415 - the same
+    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
+
+    made, size = CASES[name]
+    tree = hydragen.PrefixTree.from_parents([-1, *[0] * ROWS], row_to_node=range(1, ROWS + 1))
+    lens = [KEYS, *[OWN] * ROWS]
+    kv = made()
+    given: dict[str, Any] = {
+        "tree": tree,
+        "kv_lens": [[KEYS], [OWN] * ROWS] if isinstance(kv, list) else lens,
+    }
+    call, plan = planned(draw(ROWS, 1, 4 * HEADS, DIM), kv, **given)
+    tokens, nodes = locate(plan, call, kernels_clamp=True), call.nodes
+    buffers = [torch.zeros(1)] * 5
+    for index, launch in enumerate(plan.work.launches):
+        launcher = attend_launcher(plan, call, tokens, index)
+        assert isinstance(launcher, TmaLauncher)
+        seen: list[Any] = []
+        special, launcher.launcher = launcher.launcher, lambda tensors, _, into=seen: into.extend(tensors)
+        launcher((call.q, nodes.k, nodes.v, *buffers, launch.items, *[None] * 5, None), (True,) * 9)
+        given = dict(zip(special._kernel.arg_names[len(seen) :], special._rest, strict=True))
+        for side, base in enumerate((nodes.k, nodes.v)):
+            slot_rows = given["kv"[side] + "_slot_rows"]
+            for at, level in enumerate(given["levels"]):
+                described = seen[1 + 4 * side + at]
+                rows = described.base.as_strided(described.shape, described.strides)
+                prefix = special._kernel is attend_prefix
+                step = given["BLOCK_N"]
+                assert described.block_shape == [min(step, size) if size and prefix else step, DIM]
+                for item in launch.items[launch.items[:, 1] == level][::7]:
+                    _, _, slot, begin, end = item[:5].tolist()
+                    for key in (begin, (begin + end) // 2, end - 1):
+                        if size:
+                            page = int(nodes.pages.indices[slot + key // size])
+                            row, place = page * slot_rows[at] + key % size, (page, key % size)
+                        else:
+                            row = slot * slot_rows[at] + key
+                            place = (slot + key,) if nodes.packed[level] else (slot, key)
+                        for head in range(HEADS):
+                            found = rows[row, head * DIM : (head + 1) * DIM]
+                            assert torch.equal(found, base[level][place][head])
+        assert given["levels"] == tuple(np.unique(launch.items[:, 1]))
+        assert given["PAGE_SIZE"] == size
