@@ -36,9 +36,13 @@ class Contender:
 
 def ours(inputs: Inputs) -> Form:
     """hydragen, as a user calls it."""
-    if inputs.packed is not None:
-        return lambda: hydragen.attention(inputs.q, inputs.packed, tree=inputs.shape.tree)
-    return lambda: hydragen.attention(inputs.q, inputs.levels, causal=inputs.shape.causal)
+    shape = inputs.shape
+    if inputs.paged is not None:
+        lens = shape.tree.kv_lens.tolist()
+        return lambda: hydragen.attention(
+            inputs.q, inputs.paged, tree=shape.tree, kv_lens=lens, causal=shape.causal
+        )
+    return lambda: hydragen.attention(inputs.q, inputs.kv, tree=inputs.tree, causal=shape.causal)
 
 
 class Unshared:

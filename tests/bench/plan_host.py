@@ -15,8 +15,9 @@ Run = Callable[[], Tensor]
 
 def planned(inputs: Inputs, **options: Any) -> Run:
     """A run of a plan made for these inputs; the plan lives as long as it."""
-    shape, packed = inputs.shape, inputs.packed
-    kv = inputs.levels if packed is None else packed
+    shape, kv = inputs.shape, inputs.kv
+    if inputs.paged is not None:
+        options["kv_lens"] = shape.tree.kv_lens.tolist()
     plan = hydragen.plan(shape.tree, kv, num_q_heads=shape.num_q_heads, q_len=shape.q_len, **options)
     return lambda: plan.run(inputs.q, kv, causal=shape.causal)
 

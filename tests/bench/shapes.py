@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hydragen import PackedKV, PrefixTree
+from hydragen import PackedKV, PagedKV, PrefixTree
 
 # An H200's limits as once measured, fixed so that ratios compare across runs; each run writes down its own.
 PEAK_FLOPS = 790e12
@@ -47,6 +47,7 @@ class Shape:
     ----------
     levels : ((nodes, tokens in each), ...) or None
         Equal groups, level by level; the last divides the batch. None if lengths or groups differ.
+    page_size : tokens of a page of ours, scattered over a pool; 0: levels, as all others have them.
     lens : one list of lengths per level, or None
         For uneven trees, with `owners`: for each level, the parents' places in the level above (None: equal).
     """
@@ -61,6 +62,7 @@ class Shape:
     q_len: int = 1
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    page_size: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -117,7 +119,8 @@ def shape(name: str) -> Shape:
     """Shape of equal groups by its name.
 
     "32/8 B256 P4096 S128": query/KV heads, batch, prefix, suffix (S0: none). "32/8 1x4096>8x1024>256x256":
-    levels of nodes x tokens, a row at each last node. Then q4 (queries a row), d64 (head_dim), fp16.
+    levels of nodes x tokens, a row at each last node. Then q4 (queries a row), d64 (head_dim), fp16,
+    pages16 (tokens of a page).
     """
     heads, what, *rest = name.split(" ", 2)
     num_q_heads, num_kv_heads = map(int, heads.split("/"))
@@ -135,8 +138,8 @@ def shape(name: str) -> Shape:
     for word in words:
         if word in DTYPES:
             options["dtype"] = DTYPES[word]
-        elif re.fullmatch(r"[qd]\d+", word):
-            options["q_len" if word[0] == "q" else "head_dim"] = int(word[1:])
+        elif match := re.fullmatch(r"(q|d|pages)(\d+)", word):
+            options[{"q": "q_len", "d": "head_dim", "pages": "page_size"}[match[1]]] = int(match[2])
         else:
             raise ValueError(f"unknown word {word!r} in the shape name {name!r}")
     return Shape(name, num_q_heads, num_kv_heads, batch, levels, **options)
@@ -167,13 +170,24 @@ class Inputs:
     """What is attended: q [batch, q_len, num_q_heads, head_dim], and the KV as `hydragen.attention` takes it.
 
     `levels` holds (k, v) per level, [nodes, tokens, num_kv_heads, head_dim]; for uneven trees `packed` holds
-    the same end to end, node after node.
+    the same end to end, node after node, and with a page size `paged` holds the same in pages.
     """
 
     shape: Shape
     q: torch.Tensor
     levels: list[tuple[torch.Tensor, torch.Tensor]]
     packed: PackedKV | None
+    paged: PagedKV | None = None
+
+    @property
+    def kv(self) -> PagedKV | PackedKV | list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values as our own calls take them."""
+        return self.paged or self.packed or self.levels
+
+    @property
+    def tree(self) -> PrefixTree | None:
+        """The tree, where it does not follow from `kv`."""
+        return self.shape.tree if self.paged or self.packed else None
 
     def node(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v [tokens, num_kv_heads, head_dim] of a node of the tree."""
@@ -213,4 +227,25 @@ def build(shape: Shape, device: torch.device | str) -> Inputs:
             PackedKV(normal(total, *per_token), normal(total, *per_token), shape.tree.kv_offsets),
         )
     levels = [(normal(n, length, *per_token), normal(n, length, *per_token)) for n, length in shape.levels]
-    return Inputs(shape, q, levels, None)
+    return Inputs(shape, q, levels, None, in_pages(shape, levels) if shape.page_size else None)
+
+
+def in_pages(shape: Shape, levels: list[tuple[torch.Tensor, torch.Tensor]]) -> PagedKV:
+    """Levels copied into two pools, pages scattered by a fixed seed, NaN behind a node's last key."""
+    counts = np.concatenate([[-(-tokens // shape.page_size)] * nodes for nodes, tokens in shape.levels])
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    table = torch.from_numpy(np.random.default_rng(0).permutation(int(indptr[-1])))
+    pools = []
+    for side in (0, 1):
+        pool = levels[0][side].new_empty(int(indptr[-1]), shape.page_size, *levels[0][side].shape[2:])
+        done = 0
+        for level in levels:
+            x = level[side]
+            room = -(-x.shape[1] // shape.page_size) * shape.page_size
+            whole = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, room - x.shape[1]), value=torch.nan).view(
+                -1, *pool.shape[1:]
+            )
+            pool[table[done : done + whole.shape[0]].to(pool.device)] = whole
+            done += whole.shape[0]
+        pools.append(pool)
+    return PagedKV(*pools, indptr, table.int().to(pools[0].device))

@@ -24,6 +24,14 @@ QUERIES = [
 HEAD_DIMS = [shape(f"32/8 B{b} P{p} S128 d{d}") for d in (64, 256) for b, p in ((256, 4096), (64, 16384))]
 FLOAT16 = [shape("32/8 B256 P4096 S128 fp16"), shape("32/32 B64 P4096 S128 fp16")]
 LONG = [shape("32/8 B16 P131072 S128"), shape("32/32 B16 P131072 S128")]
+# Pools of pages, as engines keep them.
+PAGES = [
+    *(shape(f"32/8 B256 P4096 S128 pages{size}") for size in (1, 16, 64)),
+    *(
+        shape(f"{rest} pages16")
+        for rest in ("32/8 B64 P4096 S128", "32/8 B1024 P4096 S128", "32/32 B256 P4096 S128")
+    ),
+]
 # Between the 52: more points for curves over prefix length and over batch.
 CURVES = [
     *(shape(f"32/8 B256 P{p} S128") for p in (256, 2048, 8192, 32768)),
@@ -39,6 +47,7 @@ MORE: dict[str, list[Shape]] = {
     "head_dim": HEAD_DIMS,
     "float16": FLOAT16,
     "128K": LONG,
+    "pages": PAGES,
     "curves": CURVES,
 }
 

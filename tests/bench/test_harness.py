@@ -25,6 +25,8 @@ TINY = [
     shape("4/2 1x8>2x6>4x5 d16 fp32"),
     shape("4/2 2x8>4x5 d16 fp16"),
     shape("4/2 B3 P24 S5 q4 d16 fp32"),
+    shape("4/2 B4 P24 S5 d16 fp32 pages4"),
+    shape("4/2 1x8>2x6>4x5 q2 d16 pages16"),
 ]
 
 

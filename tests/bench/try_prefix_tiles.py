@@ -131,12 +131,14 @@ class Problem:
 
     case: Shape
     inputs: Inputs
-    levels: list[tuple[torch.Tensor, torch.Tensor]]
+    levels: list[tuple[torch.Tensor, torch.Tensor]] | hydragen.PagedKV
     truth: Truth
 
     @classmethod
     def of(cls, case: Shape) -> "Problem":
         inputs = build(case, "cuda")
+        if inputs.paged is not None:
+            return cls(case, inputs, inputs.paged, solve(inputs))
         prefix = []
         for x in inputs.levels[0]:
             prefix.append(x.new_full((x.shape[0], x.shape[1] + SPARE, *x.shape[2:]), torch.nan))
@@ -145,7 +147,9 @@ class Problem:
 
     def plan(self) -> hydragen.Plan:
         """The library's plan, as it decides now."""
-        lens = [[tokens] * nodes for nodes, tokens in self.case.levels]
+        lens: Any = [[tokens] * nodes for nodes, tokens in self.case.levels]
+        if self.inputs.paged is not None:
+            lens = self.case.tree.kv_lens.tolist()
         return hydragen.plan(self.case.tree, self.levels, num_q_heads=self.case.num_q_heads, kv_lens=lens)
 
 

@@ -19,6 +19,7 @@ from timing import GpuTimer, sample
 from try_prefix_tiles import Problem, Variant, checked, deciding, say, set_to
 
 from hydragen import tuning
+from hydragen.backends import tma
 from hydragen.warp_tiles import WarpTile
 
 PLAIN = "plain"
@@ -45,6 +46,15 @@ SHAPES: dict[str, list[tuple[str | None, str]]] = {
     "32/8 B1024 P16 S128": [(None, w) for w in FEW],
     "64/8 B128 P4096 S128": [(None, w) for w in FEW[:3]],
 }
+
+# pools of pages: the plain tile, and the specialised ones that read pages
+PAGED = [
+    *(f"32/8 B256 P4096 S128 pages{size}" for size in (16, 32, 64)),
+    "32/8 B64 P4096 S128 pages16",
+    "32/8 B1024 P4096 S128 pages16",
+    "32/8 B1024 P16384 S128 pages16",
+    "32/32 B256 P4096 S128 pages16",
+]
 
 
 @contextmanager
@@ -76,8 +86,24 @@ def main() -> None:
                 graphs[variant], out = checked(timer, problem, plan, variant)
             held.append((plan, out))  # a graph's tables and buffers live as long as it is replayed
         times = sample(timer, graphs)
-        found = ", ".join(f"{what} {statistics.median(of) * 1e6:.1f}" for what, of in times.items())
-        say(f"{name}  roof {problem.case.roof_us:.1f} us: {found}")
+        say_times(problem, times)
+    for name in PAGED:
+        if not re.search(pattern, name):
+            continue
+        problem = Problem.of(shape(name))
+        graphs, held = {}, []
+        for variant, sizes in ((PLAIN, set()), ("specialised", {problem.case.page_size})):
+            with set_to(tma, "MEASURED_PAGES", sizes):
+                plan = problem.plan()
+                graphs[variant], out = checked(timer, problem, plan, variant)
+            held.append((plan, out))
+        say_times(problem, sample(timer, graphs))
+
+
+def say_times(problem: Problem, times: dict[str, list[float]]) -> None:
+    """Write the median of each variant."""
+    found = ", ".join(f"{what} {statistics.median(of) * 1e6:.1f}" for what, of in times.items())
+    say(f"{problem.case.name}  roof {problem.case.roof_us:.1f} us: {found}")
 
 
 if __name__ == "__main__":
