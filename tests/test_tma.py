@@ -61,6 +61,13 @@ CASES: dict[str, Any] = {
     "pages of 128": (lambda: paged(128, together=False), 128),
 }
 
+# What both kernels are told of the problem below, by their arguments' names.
+COMMON = {
+    "q_len": 1, "stride_qb": 4 * HEADS * DIM, "stride_qh": DIM, "GROUP_SIZE": 4, "NUM_KV_HEADS": HEADS,
+    "HEAD_DIM": DIM, "HEAD_DIM_V": DIM, "GATHER_Q": False, "HAS_LENS": False, "FINAL": False,
+    "HAS_SINKS": False, "HAS_LSE": False, "PDL": True,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_they_address_what_the_kernels_mean(name: str) -> None:
@@ -78,20 +85,33 @@ def test_they_address_what_the_kernels_mean(name: str) -> None:
     }
     call, plan = planned(draw(ROWS, 1, 4 * HEADS, DIM), kv, **given)
     tokens, nodes = locate(plan, call, kernels_clamp=True), call.nodes
-    buffers = [torch.zeros(1)] * 5
+    names = ("out", "lse", "part_out", "part_lse", "sinks")
+    buffers = {f"{name}_ptr": torch.zeros(1) for name in names}
+    ints = {f"{name}_ptr": torch.zeros(1) for name in ("q_token", "q_pos", "kv_start", "kv_lens", "pages")}
     for index, launch in enumerate(plan.work.launches):
         launcher = attend_launcher(plan, call, tokens, index)
         assert isinstance(launcher, TmaLauncher)
         seen: list[Any] = []
         special, launcher.launcher = launcher.launcher, lambda tensors, _, into=seen: into.extend(tensors)
-        launcher((call.q, nodes.k, nodes.v, *buffers, launch.items, *[None] * 5, None), (True,) * 9)
+        items, links = torch.zeros(1), torch.zeros(1)
+        launcher((call.q, nodes.k, nodes.v, *buffers.values(), items, links, *ints.values()), (True,) * 9)
+        pointers = dict(zip(special._kernel.arg_names, seen, strict=False))
+        sent = {**buffers, **ints, "items_ptr": items, "q_ptr": call.q}
+        assert all(pointers[name] is sent[name] for name in pointers if name.endswith("_ptr"))
         given = dict(zip(special._kernel.arg_names[len(seen) :], special._rest, strict=True))
+        prefix, tile = special._kernel is attend_prefix, launch.tile
+        own = {"num_tasks": HEADS * len(launch.items), "CONSUMERS": 2, "Q_SHARED": True}
+        assert (own if prefix else {"zero": 0, "K_STAGES": 2, "V_STAGES": 2}).items() <= given.items()
+        assert COMMON.items() <= given.items()
+        assert given["num_items"] == len(launch.items)
+        assert given["num_pages"] == (nodes.k[0].shape[0] if size else 0)
+        # steps of 32 keys do not fit into pages of 16
+        assert given["BLOCK_N"] == (tile.prefix.block_n if prefix else 16 if size == 16 else 32)
         for side, base in enumerate((nodes.k, nodes.v)):
             slot_rows = given["kv"[side] + "_slot_rows"]
             for at, level in enumerate(given["levels"]):
                 described = seen[1 + 4 * side + at]
                 rows = described.base.as_strided(described.shape, described.strides)
-                prefix = special._kernel is attend_prefix
                 step = given["BLOCK_N"]
                 assert described.block_shape == [min(step, size) if size and prefix else step, DIM]
                 for item in launch.items[launch.items[:, 1] == level][::7]:

@@ -168,7 +168,11 @@ def consume(
         local = rows // GROUP_SIZE
         row_ok = local < num_tok
         head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+        # Where a thread's columns lie within 8 depends on its lane; which 8 they are are constants: apart,
+        # so that one address does for a row.
         offs_dv = gl.arange(0, HEAD_DIM_V, layout=gl.SliceLayout(0, OUT))
+        lane_dv = offs_dv % 8
+        own_dv = offs_dv // 8 * 8
         running_max = gl.convert_layout(running_max, gl.SliceLayout(1, OUT))
         running_sum = gl.convert_layout(running_sum, gl.SliceLayout(1, OUT))
         if FINAL:
@@ -182,7 +186,7 @@ def consume(
             total, lse = total_and_lse(running_max, running_sum)
             out = acc * (1.0 / total)[:, None]
             out_rows = token.to(gl.int64) * NUM_Q_HEADS + head
-            out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
+            out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM_V + lane_dv[None, :] + own_dv[None, :]
             gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
             if HAS_LSE:
                 gl.store(lse_ptr + out_rows, lse * LN_2, mask=row_ok)
@@ -190,7 +194,7 @@ def consume(
             total, lse = total_and_lse(running_max, running_sum)
             out = acc * (1.0 / total)[:, None]
             part_rows = (gl.load(columns + 8) + local).to(gl.int64) * NUM_Q_HEADS + head
-            part_ptrs = part_out_ptr + part_rows[:, None] * HEAD_DIM_V + offs_dv[None, :]
+            part_ptrs = part_out_ptr + part_rows[:, None] * HEAD_DIM_V + lane_dv[None, :] + own_dv[None, :]
             gl.store(part_ptrs, out, mask=row_ok[:, None])
             gl.store(part_lse_ptr + part_rows, lse, mask=row_ok)
 
