@@ -62,6 +62,7 @@ def compile_case(case: Case) -> Any:
         own = {
             "STAGES": case.tile.num_stages, "CONSUMERS": case.tile.consumers,
             "CONSUMER_REGISTERS": case.tile.consumer_registers, "Q_SHARED": case.tile.q_shared,
+            "LAZY": case.tile.lazy,
         }  # fmt: skip
         return _compile_special(case, case.tile, attend_prefix, own, 4)
     if isinstance(case.tile, WarpTile):

@@ -22,12 +22,16 @@ pytestmark = [
 
 
 @pytest.fixture(
-    autouse=True, params=[(name, persistent) for name in PREFIX_TILES for persistent in (False, True)]
+    autouse=True,
+    params=[
+        *((name, persistent, False) for name in PREFIX_TILES for persistent in (False, True)),
+        *(("narrow+2", True, True), ("single", False, True), ("256", False, True)),
+    ],
 )
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Each candidate in turn, with a program per task and with several tasks each."""
-    name, persistent = request.param
-    tile = replace(PREFIX_TILES[name], persistent=persistent)
+    """Each candidate, with a program per task and with several each; some raise their maxima lazily."""
+    name, persistent, lazy = request.param
+    tile = replace(PREFIX_TILES[name], persistent=persistent, lazy=lazy)
     monkeypatch.setattr(tuning, "prefix_tile_for", lambda *_, **__: tile)
     monkeypatch.setattr(work, "is_small", lambda *_: False)  # or small problems do without it
     api._PLANS.clear()

@@ -34,6 +34,8 @@ class PrefixTile:
         and of the consumers once the producer has given away its own.
     q_shared : bool
         Queries wait in shared memory, 16 KB per consumer at head_dim 128, and not in 32 registers.
+    lazy : bool
+        The maximum is raised where a logit lies far above it only, and sums are rescaled only then.
     persistent : bool
         As many programs as fit at once, each with several tasks: what is launched next begins right away.
     beside : int
@@ -46,6 +48,7 @@ class PrefixTile:
     registers: int
     consumer_registers: int
     q_shared: bool = False
+    lazy: bool = False
     persistent: bool = False
     beside: int = 0
 

@@ -59,7 +59,7 @@ def special_launcher(
     if isinstance(tile, PrefixTile):
         kernel, first = attend_prefix, num_tasks
         programs = tile.num_programs(num_tasks, plan.target.num_sms)
-        own = (tile.num_stages, tile.consumers, tile.consumer_registers, tile.q_shared)
+        own = (tile.num_stages, tile.consumers, tile.consumer_registers, tile.q_shared, tile.lazy)
     else:
         kernel, first, own = attend_rows, 0, (tile.k_stages, tile.v_stages)
     numbers = (

@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fetch_sm90 import locate, num_blocks, produce, wait_for
 from .primitives import LN_2, LOWEST, fold_sink, total_and_lse
+from .softmax_sm90 import rescale, softmax_step
 
 # Rows of a consumer: the rows of one wgmma instruction.
 ROWS = gl.constexpr(64)
@@ -35,14 +36,6 @@ barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 
 __all__ = ["BLOCK_LAYOUT", "TensorDescriptor", "attend_prefix"]
-
-
-@gluon.jit
-def softmax_step(scores, running_max, scale_log2):
-    """Fold one block of raw scores into the maximum: (weights, what earlier sums are worth, new maximum)."""
-    new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
-    p = gl.exp2(scores * scale_log2 - new_max[:, None])
-    return p, gl.exp2(running_max - new_max), new_max
 
 
 @gluon.jit
@@ -68,6 +61,7 @@ def consume(
     FINAL: gl.constexpr = FLAGS[3]
     HAS_SINKS: gl.constexpr = FLAGS[4]
     HAS_LSE: gl.constexpr = FLAGS[5]
+    LAZY: gl.constexpr = FLAGS[6]
     DTYPE: gl.constexpr = k_ring.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM_V, 16])
@@ -135,7 +129,7 @@ def consume(
         in_range = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES)) < left
         scores = gl.where(in_range[None, :], scores, float("-inf"))
         running_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(1, SCORES))
-        p, _, running_max = softmax_step(scores, running_max, scale_log2)
+        p, _, running_max = softmax_step(scores, running_max, scale_log2, False)
         running_sum = gl.sum(p, 1)
         weights = gl.convert_layout(p.to(DTYPE), P_OPERAND)
         acc = gl.zeros([ROWS, HEAD_DIM_V], gl.float32, layout=OUT)
@@ -148,11 +142,11 @@ def consume(
             queued = warpgroup_mma(weights, v_ring.index((block - 1) % STAGES), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(k_empty.index(block % STAGES), count=1)
-            p, alpha, running_max = softmax_step(scores, running_max, scale_log2)
+            p, alpha, running_max = softmax_step(scores, running_max, scale_log2, LAZY)
             running_sum = running_sum * alpha + gl.sum(p, 1)
             acc = warpgroup_mma_wait(0, deps=[queued])
             mbarrier.arrive(v_empty.index((block - 1) % STAGES), count=1)
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+            acc = rescale(acc, alpha, LAZY)
             weights = gl.convert_layout(p.to(DTYPE), P_OPERAND)
         done += blocks
         wait_for(v_full, done - 1, 0, STAGES)
@@ -208,7 +202,7 @@ def attend_prefix(
     stride_qb, stride_qt, stride_qh,
     GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    Q_SHARED: gl.constexpr, GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr,
+    Q_SHARED: gl.constexpr, LAZY: gl.constexpr, GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr,
     FINAL: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, PDL: gl.constexpr,
     NUM_LEVELS: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
@@ -258,7 +252,7 @@ def attend_prefix(
     pages = (pages_ptr, num_pages) if PAGE_SIZE > 0 else ()
     descs = (k_descs, v_descs, levels, k_slot_rows, v_slot_rows, pages)
     SIZES: gl.constexpr = (GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, CONSUMERS)
-    FLAGS: gl.constexpr = (Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE)
+    FLAGS: gl.constexpr = (Q_SHARED, GATHER_Q, HAS_LENS, FINAL, HAS_SINKS, HAS_LSE, LAZY)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

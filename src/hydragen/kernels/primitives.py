@@ -6,6 +6,8 @@ import triton.language as tl
 # The lowest finite float32. A running maximum starts here and not at -inf, so that no subtraction of two
 # infinities can occur; no finite logit lies below it, so it is no sentinel that real data could pass.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Where a maximum is raised lazily, weights reach 2**RESCALE before it is; their relative precision stays.
+RESCALE = tl.constexpr(8.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 

@@ -21,12 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fetch_sm90 import locate, page_row
-from .primitives import LN_2, LOG2_E, LOWEST, total_and_lse
+from .primitives import LN_2, LOG2_E, LOWEST, RESCALE, total_and_lse
 
 # Query rows: the columns of one mma.
 ROWS = gl.constexpr(8)
-# Weights reach 2**RESCALE before the maximum that they are relative to is raised.
-RESCALE = gl.constexpr(8.0)
 # Elements of head_dim whose products do not wait for those of the others.
 PART = gl.constexpr(64)
 
