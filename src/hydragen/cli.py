@@ -21,6 +21,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from hydragen.transformers.answers import Answers
+    from hydragen.transformers.jsonl import Prompt
 
 # Answers that are laid out together: the first of a large job come soon.
 ANSWERS_AT_A_TIME = 8192
@@ -52,7 +53,9 @@ def generate(
     prompts: Annotated[
         Path,
         typer.Option(
-            exists=True, dir_okay=False, help='JSONL: {"prompt": "text" or [ids]} or {"messages": [...]}.'
+            exists=True,
+            dir_okay=False,
+            help='JSONL: {"prompt": "text" or [ids]} or {"messages": [...]}; answers have its other keys.',
         ),
     ],
     out: Annotated[
@@ -105,7 +108,7 @@ def generate(
             "dtype": dtype.value,
         }
         given = read_prompts(prompts, tokenizer, model)
-        job = Job(list(given.values()), n, settings)
+        job = Job([x.ids for x in given.values()], n, settings, [x.more for x in given.values()])
         answers = Answers(path, job)
         with answers.alone():
             have = answers.resume()
@@ -264,14 +267,14 @@ def goes_on(answers: Answers) -> Iterator[None]:
         raise
 
 
-def check_prompts(model: Any, prompts: dict[str, list[int]], new_tokens: int) -> None:
+def check_prompts(model: Any, prompts: dict[str, Prompt], new_tokens: int) -> None:
     """Raise a ValueError that names file and line of a prompt which the model cannot answer."""
     import numpy as np
 
     from hydragen.transformers.support import check_prompt
 
-    for where, ids in prompts.items():
-        check_prompt(model, np.array(ids, dtype=np.int64), new_tokens, where)
+    for where, prompt in prompts.items():
+        check_prompt(model, np.array(prompt.ids, dtype=np.int64), new_tokens, where)
 
 
 def config_name(path: Path) -> str:

@@ -42,5 +42,5 @@ def generate(model: Path, prompts: Path, *more: object) -> Result:
 
 
 def answers(prompts: Path) -> list[dict[str, Any]]:
-    lines = prompts.with_suffix(".answers.jsonl").read_text().splitlines()
-    return sorted(map(json.loads, lines), key=lambda x: (x["prompt"], x["sample"]))
+    lines = prompts.with_suffix(".answers.jsonl").read_text("utf-8").split("\n")
+    return sorted(map(json.loads, filter(None, lines)), key=lambda x: (x["prompt"], x["sample"]))

@@ -44,6 +44,15 @@ _LATENT: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+# Parts of the names of weights that queries and keys come from
+_PEAKED = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "q_b_proj",
+    "kv_a_proj",
+    "self_attention.kv_proj",
+    "self_attention.experts.input",
+)
 # Name -> (model type, what differs). A window of 9 is shorter than every prompt of the tests.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -71,6 +80,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    # Two experts a token choose its queries: as many heads as num_key_value_heads times two.
+    "jetmoe": ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
 
@@ -89,7 +100,7 @@ def make_model(family: str, attention: str = "hydragen", seed: int = 0, **change
                 parameter.normal_(0, 0.5)  # biases and sinks are born as zeros, or not at all
             elif parameter.dim() > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-            if any(part in name for part in ("q_proj.weight", "k_proj.weight", "q_b_proj", "kv_a_proj")):
+            if any(part in name for part in _PEAKED):
                 parameter.mul_(3.5)
             if "q_norm" in name or "k_norm" in name:
                 parameter.add_(3.0)
@@ -121,7 +132,7 @@ def watched_entropy(model: PreTrainedModel) -> Iterator[Entropy]:
         found.most += float(keys.log().sum())
 
     for name, module in model.named_modules():
-        if name.endswith("self_attn"):
+        if name.endswith(("self_attn", "self_attention")):
             hooks.append(module.register_forward_hook(look))
     try:
         yield found

@@ -28,7 +28,7 @@ def test_texts_with_ends_of_lines_of_their_own(model_folder: Path, tmp_path: Pat
     path.write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n\n" + '{"prompt": [5]}', "utf-8")
     given = read_prompts(path, AutoTokenizer.from_pretrained(model_folder), "model")
     assert list(given) == [f"{path}:1", f"{path}:3"]
-    prompts = list(given.values())
+    prompts = [one.ids for one in given.values()]
     assert prompts == [[5, 6, 7, 8], [5]]
     job = Job(prompts, 1, {"seed": 0})
     made = [Completion(i, 0, [7, 8], odd, None, "length", 3) for i in range(2)]

@@ -109,8 +109,10 @@ def test_nothing_goes_on_from_a_cache_whose_pass_broke_off(
     with monkeypatch.context() as patched:
         patched.setattr(ours.model.layers[1], "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            cache.extend([[8]])
+            ours(torch.tensor([[8]]), past_key_values=cache)
     for run in (
+        lambda: cache.extend([[9]]),
+        lambda: cache.generate([[9]], max_new_tokens=1),
         cache.fork,
         lambda: cache.branch([0]),
         lambda: hydragen.generate(cache, [[9]], max_new_tokens=1),
@@ -120,31 +122,6 @@ def test_nothing_goes_on_from_a_cache_whose_pass_broke_off(
             run()
     cache.reset()
     assert answers(cache.prefill(SYSTEM), [[]]) == [greedy(ours, SYSTEM, 4)]
-
-
-def test_tokens_that_only_some_rows_have_got_are_not_fed_again(
-    ours: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hydragen.transformers.cache.PREFILL_TOKENS", 8)
-    cache = PrefixCache(ours).prefill([SYSTEM, SYSTEM[:-1] + [3]]).fork()
-    run, calls = cache._run, []
-
-    def interrupted(rows: Any, ids: Any) -> torch.Tensor:
-        calls.append(rows)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return run(rows, ids)
-
-    monkeypatch.setattr(cache, "_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cache.extend([[5] * 7, [6] * 7])  # one row after the other
-    with pytest.raises(RuntimeError, match="broke off halfway"):
-        cache.extend([[5] * 7, [6] * 7])
-    cache.reset()
-    assert answers(cache, [[5], [6]]) == [
-        greedy(ours, SYSTEM + [5], 4),
-        greedy(ours, SYSTEM[:-1] + [3, 6], 4),
-    ]
 
 
 def test_rows_that_the_model_filled_itself_can_be_used(ours: PreTrainedModel) -> None:

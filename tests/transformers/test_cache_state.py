@@ -50,31 +50,6 @@ def test_what_is_known_of_ends_moves_with_the_rows(ours: PreTrainedModel) -> Non
     assert answers(cache, [[7], [8]]) == [greedy(ours, [*said[0], 7], 4), greedy(ours, [*said[1], 8], 4)]
 
 
-@pytest.mark.parametrize("when", [1, 2, 4])
-def test_an_interruption_loses_nothing_that_is_counted(ours: PreTrainedModel, when: int) -> None:
-    """Before the first layer of a step: what the cache says that it holds is what it goes on from."""
-    cache, passes = PrefixCache(ours).prefill(SYSTEM).fork(2), 0
-
-    def interrupt(*_: object) -> None:
-        nonlocal passes
-        passes += 1
-        if passes == when:
-            raise KeyboardInterrupt
-
-    hook = ours.get_input_embeddings().register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        cache.generate([[7], [8]], max_new_tokens=8, stop_token_ids=[])
-    hook.remove()
-    said = [[*SYSTEM, q, *greedy(ours, [*SYSTEM, q], 8)] for q in (7, 8)]
-    held = cache.next_positions.tolist()
-    assert held == [len(SYSTEM) + (0 if when == 1 else when)] * 2
-    after = [row[: held[0]] for row in said]
-    expected = [greedy(ours, [*row, 9], 3) for row in after]
-    assert answers(cache, [[9], [9]], 3) == expected
-    after = [[*row, 9, *answer] for row, answer in zip(after, expected, strict=True)]
-    assert answers(cache, [[5], [6]], 3) == [greedy(ours, [*after[0], 5], 3), greedy(ours, [*after[1], 6], 3)]
-
-
 @pytest.mark.parametrize(
     ("options", "error"),
     [

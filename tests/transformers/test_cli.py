@@ -83,7 +83,8 @@ def test_special_tokens_come_once(model_folder: Path, tmp_path: Path) -> None:
     tokenizer.chat_template = "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}"
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "w5"}\n{"messages": [{"role": "user", "content": "w5"}]}\n')
-    assert list(jsonl.read_prompts(path, tokenizer, "model").values()) == [[1, 5], [1, 5]]
+    given = jsonl.read_prompts(path, tokenizer, "model")
+    assert [one.ids for one in given.values()] == [[1, 5], [1, 5]]
 
 
 def test_large_jobs_go_in_pieces(model_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,15 @@ MOST_ANSWERS = 2**31
 
 @dataclass(frozen=True)
 class Job:
-    """Answers that are asked for: `n` to each of `prompts` (token ids), under `settings`."""
+    """Answers that are asked for: `n` to each of `prompts` (token ids), under `settings`.
+
+    `more` is what the answers to each prompt say besides, if any does.
+    """
 
     prompts: Sequence[list[int]]
     n: int
     settings: dict[str, Any]
+    more: Sequence[dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
         count = len(self.prompts)
@@ -122,6 +126,8 @@ class Answers:
             If the file belongs to another job, or holds what is no answer; names the line and what to do.
         """
         asked = {**self.job.settings, "prompts": _digest(self.job.prompts)}
+        if any(self.job.more):
+            asked["keys_beside_prompts"] = _digest(self.job.more)
         if not self.path.exists() or not self.path.stat().st_size:
             self.note.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
             self.path.touch()
@@ -195,6 +201,8 @@ class Answers:
                 }
                 if one.logprobs is not None:
                     record["logprobs"] = one.logprobs
+                if self.job.more:
+                    record.update(self.job.more[prompt])
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 yield prompt, sample

@@ -92,11 +92,11 @@ def _over_cache(
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query = query.to(dtype)
-        if layer.latent:
+        if layer.expands:
             key, value = key.to(dtype), value.to(dtype)
         elif layer.incoming is not None:
             layer.incoming = layer.incoming[0].to(dtype), layer.incoming[1].to(dtype)
-    if layer.latent:
+    if layer.expands:
         layer.store(key, value, position_ids, mask)
     elif layer.incoming is not None:  # None where a layer reuses what another has stored
         k, v = layer.incoming

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hydragen.host_ints import IntArray, as_int_vector, frozen
-from hydragen.transformers.layers import PrefixLayer
+from hydragen.transformers.layers import PrefixLayer, take_handed_over
 from hydragen.transformers.levels import Level
 from hydragen.transformers.logits import LastLogits, Pending
 from hydragen.transformers.options import check_options
@@ -21,14 +21,15 @@ from hydragen.transformers.protocol import CacheProtocol
 from hydragen.transformers.rows import Rows
 from hydragen.transformers.support import (
     attention_of,
-    caches_latents,
     check_model,
     check_tokens,
+    expands_cached,
     layer_windows,
     stored_positions,
     text_config,
 )
 from hydragen.transformers.tokens import left_padded, row_groups, token_rows
+from hydragen.transformers.undo import undone_on_failure
 from hydragen.transformers.weights import Weights
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class PrefixCache(CacheProtocol):
     Row r holds a path of shared tokens, stored once and read once per step for all rows, and a tail of its
     own that grows. `prefill` runs prompts, `fork` makes rows that share what is there, and `generate` here or
     the model's own `generate(ids, past_key_values=cache)` continues them.
+
+    What fails or is interrupted in here leaves the cache as it was. The model's own `generate` leaves what it
+    has fed: all that it handed out but the last token; if a forward pass broke off, nothing until `reset`.
 
     Parameters
     ----------
@@ -72,9 +76,9 @@ class PrefixCache(CacheProtocol):
         # Prefill wants no logits but the last ones; most models can leave the others out.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._only_last = {"logits_to_keep": 1} if keeps else {}
-        latent, used = caches_latents(model), partial(attention_of, text_config(model))
+        expands, used = expands_cached(model), partial(attention_of, text_config(model))
         windows = enumerate(layer_windows(model))
-        layers = [PrefixLayer(i, rows, window, latent, used, modules) for i, window in windows]
+        layers = [PrefixLayer(i, rows, window, expands, used, modules) for i, window in windows]
         super().__init__(layers=layers)
 
     def _begin(self, logits: LastLogits, pending: Pending) -> None:
@@ -141,6 +145,8 @@ class PrefixCache(CacheProtocol):
     def extend(self, input_ids: object) -> PrefixCache:
         """Run more tokens through the model, appended to the rows; rows may get none.
 
+        If it fails or is interrupted, all rows are as before.
+
         Parameters
         ----------
         input_ids : integers [len] for the one row there is; or one such per row
@@ -159,17 +165,12 @@ class PrefixCache(CacheProtocol):
         new = [np.append(first[first >= 0], ids) for first, ids in zip(waiting, given, strict=True)]
         counts = np.array([ids.size for ids in new], dtype=np.int64)
         self.rows.reserve(counts)
-        fed = False
-        try:
+        with undone_on_failure(self):
             for group in row_groups(counts, PREFILL_TOKENS):
                 for begin in range(0, int(counts[group].max()), PREFILL_TOKENS):
                     live = group[counts[group] > begin]
                     logits = self._run(live, [new[row][begin : begin + PREFILL_TOKENS] for row in live])
-                    self._logits, fed = self._logits.updated(live, logits, self.lengths), True
-        except BaseException:
-            if fed:  # some rows have their tokens, others do not
-                self.rows.waiting = self.rows.num_layers
-            raise
+                    self._logits = self._logits.updated(live, logits, self.lengths)
         self._pending = Pending.none(self.num_rows)
         self._weights.see(self.model)
         return self
@@ -238,6 +239,9 @@ class PrefixCache(CacheProtocol):
     def generate(self, input_ids: object = None, **options: Any) -> list[Completion]:
         """Continue every row, in place: what is generated stays in the cache, as in a chat.
 
+        A call that fails or is interrupted hands nothing out and leaves all rows as before: they do not hold
+        `input_ids` either.
+
         Parameters
         ----------
         input_ids : optional
@@ -290,4 +294,5 @@ class PrefixCache(CacheProtocol):
             out = self.model(tokens, position_ids=positions, **options)
         finally:
             self.rows.forget_announcements()  # those of a pass that broke off before its first layer
+            take_handed_over()  # or within one
         return cast("Tensor", out.logits[:, -1])

@@ -21,6 +21,7 @@ from hydragen.transformers.prompts import check_tokenizer, draw_seeds, join_leve
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import check_prompt, max_positions
 from hydragen.transformers.tokens import token_rows
+from hydragen.transformers.undo import undone_on_failure
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ def continue_rows(
 ) -> list[Completion]:
     """Continue every row of a cache, in place: what is generated stays in it, as in a chat.
 
+    If it fails or is interrupted, nothing is handed out and the cache is as before, `input_ids` left out.
+
     Parameters
     ----------
     cache : PrefixCache
@@ -265,18 +268,19 @@ def continue_rows(
     seeds, stop = draw_seeds(seed, size), stop_ids(cache.model, stop_token_ids)
     check_tokenizer(tokenizer)
     warn_of_defaults(cache.model)
-    cache.extend(given)
-    seeds = of_the_first(cache.model, seeds)
-    done = decode(cache, limits, seeds, sampling, stop, logprobs)
-    return [
-        Completion(
-            one.row,
-            0,
-            one.token_ids,
-            tokenizer.decode(one.token_ids, skip_special_tokens=True) if tokenizer else None,
-            one.logprobs if logprobs else None,
-            one.reason,
-            int(seeds[one.row]),
-        )
-        for one in sorted(done)
-    ]
+    with undone_on_failure(cache):
+        cache.extend(given)
+        seeds = of_the_first(cache.model, seeds)
+        done = sorted(decode(cache, limits, seeds, sampling, stop, logprobs))
+        return [
+            Completion(
+                one.row,
+                0,
+                one.token_ids,
+                tokenizer.decode(one.token_ids, skip_special_tokens=True) if tokenizer else None,
+                one.logprobs if logprobs else None,
+                one.reason,
+                int(seeds[one.row]),
+            )
+            for one in done
+        ]

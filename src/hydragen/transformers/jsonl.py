@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -14,9 +14,26 @@ from hydragen.transformers.tokens import token_row
 
 FORMS = '{"prompt": "text"}, {"prompt": [token ids]} or {"messages": [...]}, one object per line'
 
+# What a line of answers says itself: keys of a prompt's line that come back there must have other names.
+ANSWER_KEYS = ("prompt", "sample", "text", "token_ids", "finish_reason", "seed", "logprobs")
 
-def read_prompts(path: Path, tokenizer: Any, model: str) -> dict[str, list[int]]:
-    """Return the token ids of a file's prompts, each under its "file:line".
+
+class Prompt(NamedTuple):
+    """A line of prompts.
+
+    Attributes
+    ----------
+    ids : list of int
+    more : dict
+        What the line says besides: an id, say.
+    """
+
+    ids: list[int]
+    more: dict[str, Any]
+
+
+def read_prompts(path: Path, tokenizer: Any, model: str) -> dict[str, Prompt]:
+    """Return a file's prompts, each under its "file:line".
 
     Parameters
     ----------
@@ -29,16 +46,17 @@ def read_prompts(path: Path, tokenizer: Any, model: str) -> dict[str, list[int]]
     Raises
     ------
     ValueError, TypeError
-        If a line is not a prompt, or needs a tokenizer or template that is not there; names file and line.
+        If a line is not a prompt, needs a tokenizer or template that is not there, or has other keys that the
+        lines of its answers cannot have; names file and line.
     """
     prompts = {}
     for number, line, record in records(path.read_bytes(), path, f"write {FORMS}"):
         where = f"{path}:{number}"
         if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
             raise ValueError(f"{where} must have either prompt or messages, got {line[:60]}; write {FORMS}")
-        prompt = record.get("prompt")
+        prompt, more = record.get("prompt"), _more(record, where)
         if isinstance(prompt, list):
-            prompts[where] = token_row(prompt, where).tolist()
+            prompts[where] = Prompt(token_row(prompt, where).tolist(), more)
             continue
         if "prompt" in record and not isinstance(prompt, str):
             raise ValueError(f"{where} must have a text or token ids, got {line[:60]}; write {FORMS}")
@@ -52,10 +70,30 @@ def read_prompts(path: Path, tokenizer: Any, model: str) -> dict[str, list[int]]
         laid_out = (
             tokenizer(prompt) if isinstance(prompt, str) else _chat(tokenizer, record["messages"], where)
         )
-        prompts[where] = laid_out["input_ids"]
+        prompts[where] = Prompt(laid_out["input_ids"], more)
     if not prompts:
         raise ValueError(f"{path} must hold a prompt or more, got none; write {FORMS}")
     return prompts
+
+
+def _more(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return what a line says besides its prompt; ValueError unless lines of answers can say it too."""
+    more = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
+    taken = [key for key in more if key in ANSWER_KEYS]
+    if taken:
+        raise ValueError(
+            f"{where} must give its further keys other names than those of an answer, "
+            f"{', '.join(ANSWER_KEYS)}, got {', '.join(taken)}; rename what comes back in its answers"
+        )
+    _check_text(more, where)
+    try:
+        json.dumps(more, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} must hold numbers that JSON and float64 have, got NaN, an infinity or a larger one; "
+            "write it as a text"
+        ) from error
+    return more
 
 
 def _chat(tokenizer: Any, messages: Any, where: str) -> Any:

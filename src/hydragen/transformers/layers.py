@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
     """Keys and values of one layer: shared levels, read only, and a tail per row that grows.
 
     `update` returns the layer itself in place of keys and values: the model hands both on to the attention
-    function unread, and that is the hydragen function or fails loudly. Only models that cache latents (MLA)
-    do arithmetic with what `update` returns: they get back their new tokens, and the attention function finds
-    the layer by `take_handed_over`.
+    function unread, and that is the hydragen function or fails loudly. Only models that expand what they
+    cache (`support.expands_cached`) compute with what `update` returns: they get back their new tokens, and
+    the attention function finds the layer by `take_handed_over` and stores what it is given, expanded.
     """
 
     is_compileable = False
@@ -34,12 +34,12 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         index: int,
         rows: Rows,
         window: int | None,
-        latent: bool,
+        expands: bool,
         implementation: Callable[[], str],
         modules: frozenset[int],
     ) -> None:
         super().__init__()
-        self.index, self.rows, self.window, self.latent = index, rows, window, latent
+        self.index, self.rows, self.window, self.expands = index, rows, window, expands
         self.implementation = implementation
         # ids of the model's modules: another model's keys must not end up here
         self.modules = modules
@@ -59,7 +59,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[object, object]:
         """Take a forward pass's new keys and values, each [rows, heads, tokens, dim], on to `store`."""
-        if self.latent:
+        if self.expands:
             other = take_handed_over()
             if other is not None and other.rows is self.rows:
                 _wrong_attention()  # nobody asked for the layer before this one
@@ -159,10 +159,20 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Tails are allocated when the first tokens come."""
 
+    def to(self, *_: object, **__: object) -> PrefixLayer:
+        """Stay: layers that attend to what another has cached bring it to their device, which is the same."""
+        return self
+
     def __getattr__(self, name: str) -> NoReturn:
-        if name in ("shape", "dtype", "device", "transpose", "contiguous", "size", "dim"):
+        if not name.startswith("_") and hasattr(Tensor, name):  # the model takes this for keys or values
+            if self.implementation() == "hydragen":
+                raise AttributeError(_computes(name))
             _wrong_attention()
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], *_: object) -> NoReturn:
+        raise TypeError(_computes(getattr(func, "__name__", str(func))))
 
 
 def in_words(x: Tensor) -> bool:
@@ -172,10 +182,17 @@ def in_words(x: Tensor) -> bool:
 
 
 def take_handed_over() -> PrefixLayer | None:
-    """Return the layer whose `update` was called last, once, if it caches latents."""
+    """Return the layer whose `update` was called last, once, if its model expands what it caches."""
     layer: PrefixLayer | None = getattr(_HANDED_OVER, "layer", None)
     _HANDED_OVER.layer = None
     return layer
+
+
+def _computes(name: str) -> str:
+    return (
+        f"the model must leave cached keys and values to its attention function, got one that computes with "
+        f"them first ({name}); a PrefixCache does not hold them in one tensor: use the model's own cache"
+    )
 
 
 def _wrong_attention() -> NoReturn:

@@ -31,6 +31,15 @@ class Step(NamedTuple):
     plans: Plans | None = None
 
 
+class Mark(NamedTuple):
+    """What rows held at some time, as far as new tokens change it."""
+
+    lens: IntArray
+    layout: Layout | None
+    waiting: int
+    fresh: bool
+
+
 class Rows:
     """Structure and lengths of a cache's rows, the same for every layer of the model.
 
@@ -99,6 +108,20 @@ class Rows:
             self._place(num_rows, q_len, position_ids, mask)
         self.prepared = False
         self.steps, self.waiting = self.steps + 1, self.num_layers
+
+    def mark(self) -> Mark:
+        """Return what `go_back` comes back to."""
+        return Mark(self.lens, self.layout, self.waiting, self.fresh)
+
+    def go_back(self, mark: Mark) -> None:
+        """Forget the tokens that came since `mark`, also those of a pass that broke off.
+
+        Tokens from before are where each layer has them. Room that did not fit into memory is not asked for
+        again.
+        """
+        self.lens, self.layout, self.waiting, self.fresh = mark
+        self.lens_on_device = torch.from_numpy(self.lens.astype(np.int32)).to(self.device)
+        self.forget_announcements()
 
     def check_whole(self) -> None:
         """Raise a RuntimeError if some layers hold tokens that others do not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,14 @@ from hydragen.host_ints import IntArray
 from hydragen.transformers.tokens import check_vocabulary
 
 _KINDS = ("full_attention", "sliding_attention")
+# RecurrentGemma's name for layers that attend
+_ATTENDS = (*_KINDS, "attention")
+# Model types of the common interface that still do what a PrefixCache cannot serve, with what that is.
+_OWN_WAYS = {
+    "diffllama": "attends to two halves of its cached values apart",
+    "doge": "works its mask out of all cached values of a row",
+    "moshi": "has a window in its cache and none in its mask, so that answers depend on how tokens are fed",
+}
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -30,7 +39,22 @@ def check_model(model: object) -> PreTrainedModel:
     config = text_config(model)
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(f"model must be a decoder that generates, got {name}; use a causal LM")
-    others = sorted(set(layer_kinds(model)) - set(_KINDS))
+    if config.model_type in _OWN_WAYS:
+        raise ValueError(
+            f"model must leave what it caches to its attention function, got {name} (model type "
+            f"{config.model_type}), which {_OWN_WAYS[config.model_type]}; use the model's own cache"
+        )
+    if not (hasattr(config, "layer_types") or hasattr(config, "num_hidden_layers")):
+        raise ValueError(
+            f"model must be one stack of layers, got {name}, whose config has no num_hidden_layers; use the "
+            "model's own cache"
+        )
+    if _looks_elsewhere(config):
+        raise ValueError(
+            f"model must attend to its own tokens in every layer, got {name} with cross-attention in layers "
+            f"{list(config.cross_attention_layers)}; use the model's own cache"
+        )
+    others = sorted({*layer_kinds(model), *getattr(config, "layers_block_type", ())} - set(_ATTENDS))
     if others:
         raise ValueError(
             f"model must attend to all tokens or a sliding window in every layer, got {name} with "
@@ -41,6 +65,11 @@ def check_model(model: object) -> PreTrainedModel:
         raise ValueError(
             f"model must call its attention through transformers' AttentionInterface, got {name}, which has "
             "it built in; use the model's own cache"
+        )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"model must take past_key_values, got {name}, whose forward does not; use a model that "
+            "keeps keys and values"
         )
     causal = getattr(config, "is_causal", None) is not False and not _has_layers_that_look_ahead(model)
     if not causal or getattr(config, "use_bidirectional_attention", False):
@@ -87,9 +116,13 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
     return [options["sliding_window"] if kind == "sliding_attention" else None for kind in kinds]
 
 
-def caches_latents(model: PreTrainedModel) -> bool:
-    """Whether the model caches compressed keys and values (multi-head latent attention)."""
-    return getattr(text_config(model), "kv_lora_rank", None) is not None
+def expands_cached(model: PreTrainedModel) -> bool:
+    """Whether the model computes with what its cache returns before it attends.
+
+    It expands latents (multi-head latent attention), or repeats heads (JetMoE).
+    """
+    config = text_config(model)
+    return getattr(config, "kv_lora_rank", None) is not None or config.model_type == "jetmoe"
 
 
 def check_tokens(model: PreTrainedModel, given: Sequence[IntArray], begin: IntArray) -> None:
@@ -160,6 +193,12 @@ def check_generate(model: PreTrainedModel) -> None:
             f"{stored_positions(model)} positions that its longrope embedding is made for, and then goes on "
             "without it; use hydragen.generate or cache.generate"
         )
+
+
+def _looks_elsewhere(config: Any) -> bool:
+    """Whether some layers attend to something else than tokens: to images, which come another way."""
+    layers = getattr(config, "cross_attention_layers", None) or ()
+    return any(layer < config.num_hidden_layers for layer in layers)
 
 
 def _has_layers_that_look_ahead(model: PreTrainedModel) -> bool:
