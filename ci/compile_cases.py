@@ -34,6 +34,15 @@ SPECIAL_VARIANTS: dict[str, dict[str, int]] = {
     "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
     "gathered": {"GATHER_Q": True, "HAS_LENS": True},
     "pages": {"PAGE_SIZE": 32, "HAS_LENS": True},
+    "all": {"NUM_LEVELS": 4, "GATHER_Q": True, "HAS_LENS": True},
+    "all, one partial": {
+        "NUM_LEVELS": 2,
+        "GATHER_Q": True,
+        "HAS_LENS": True,
+        "FINAL": True,
+        "HAS_SINKS": True,
+        "HAS_LSE": True,
+    },
 }
 
 

@@ -180,6 +180,32 @@ def resources(compiled: Any) -> tuple[int, int]:
     return int(registers.group(1)), int(stack.group(1))
 
 
+def asks_after_reading(compiled: Any, case: Case) -> bool:
+    """Whether the tile of one warp still does what kernels/warp_sm90.py relies on, in the machine's code.
+
+    In its loop the products with the keys come first, then the vote on their scores, then what is asked for
+    next, then the products with the values, which end before the loop begins anew.
+    """
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    order = re.findall(
+        r"\b(HMMA|REDUX|UTMALDG|BRA)\b[^;]*?(\.L_x_\d+)?\)? *;|^(\.L_x_\d+):", text, re.MULTILINE
+    )
+    places = {label: i for i, (_, _, label) in enumerate(order) if label}
+    vote = next(i for i, (name, _, _) in enumerate(order) if name == "REDUX")
+    # the loop around the vote: the branch behind it that goes back before it
+    back = next(
+        i for i, (n, to, _) in enumerate(order) if n == "BRA" and i > vote and places.get(to, i) < vote
+    )
+    loop = [name for name, _, _ in order[places[order[back][1]] : back]]
+    at = loop.index("REDUX")
+    keys = case.head_dim // 16 * (case.tile.block_n // 16)
+    return loop[:at].count("HMMA") == keys == loop[at:].count("HMMA") and "UTMALDG" not in loop[:at]
+
+
 def judge(case: Case) -> tuple[Case, int, str]:
     """Compile a case; return it with its registers and what is wrong with it ("" if nothing is)."""
     try:
@@ -192,6 +218,8 @@ def judge(case: Case) -> tuple[Case, int, str]:
         problems.append(f"spills: {stack} bytes of stack with {registers} registers")
     if compiled.metadata.shared > SHARED_LIMIT[case.arch]:
         problems.append(f"shared memory {compiled.metadata.shared} exceeds {SHARED_LIMIT[case.arch]}")
+    if isinstance(case.tile, WarpTile) and not asks_after_reading(compiled, case):
+        problems.append("asks for blocks before it has read those that they overwrite")
     missing = [name for name in instructions(case) if name not in compiled.asm["ptx"]]
     if missing:
         problems.append(f"no {' or '.join(missing)} in the PTX")

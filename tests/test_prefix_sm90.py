@@ -8,7 +8,7 @@ import torch
 from judged import check
 
 import hydragen
-from hydragen import api, tuning, work
+from hydragen import api, prefix_tiles, tuning, work
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
 from hydragen.testing.pages import paged
@@ -79,7 +79,7 @@ def test_pages_hold_the_same_bits(
     """Scattered, NaN behind the last key: as packed."""
     from hydragen.backends import tma  # noqa: PLC0415 - needs Triton
 
-    monkeypatch.setattr(tma, "MEASURED_PAGES", {page_size})
+    monkeypatch.setattr(prefix_tiles, "MEASURED_PAGES", {page_size})
     asked = problem(**changes)
     packed = check(asked, "triton", device)
     api._PLANS.clear()

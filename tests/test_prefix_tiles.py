@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hydragen
-from hydragen import PackedKV, PagedKV, tuning
+from hydragen import PackedKV, PagedKV, prefix_tiles, tuning
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile, min_rows, prefix_tile_for
 from hydragen.target import H200, Target
 from hydragen.validation import check_attention
@@ -188,7 +188,7 @@ def test_which_calls_it_serves(what: str) -> None:
     elif what == "packed":
         kv[0] = PackedKV(kv[0][0][0], kv[0][1][0], [0, 512])
     call, plan = planned(q, kv, **given)
-    assert any(special(plan))
+    assert any(special(plan)) == (what != "pages")
     launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
     assert isinstance(launcher, TmaLauncher) == (what in ("plain", "packed", "interleaved"))
 
@@ -215,14 +215,14 @@ def test_which_pages_it_serves(
     from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
 
     if measured:
-        monkeypatch.setattr(tma, "MEASURED_PAGES", {size})
+        monkeypatch.setattr(prefix_tiles, "MEASURED_PAGES", {size})
     pages = -(-512 // size)
     kv = PagedKV(
         zeros(600, size, 2, 64), zeros(600, size, 2, 64), [0, pages, pages + 1], np.arange(pages + 1)
     )
     tree = hydragen.PrefixTree.from_parents([-1, 0], row_to_node=[1] * 256)
     call, plan = planned(zeros(256, 2, 8, 64), kv, tree=tree)
-    assert any(special(plan))
+    assert any(special(plan)) == measured
     launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
     assert isinstance(launcher, tma.TmaLauncher) == served
 

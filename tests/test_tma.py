@@ -8,7 +8,7 @@ import torch
 from test_prefix_tiles import planned
 
 import hydragen
-from hydragen import PackedKV, PagedKV, tuning
+from hydragen import PackedKV, PagedKV, prefix_tiles, tuning
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.warp_tiles import WARP_TILES
 
@@ -21,11 +21,9 @@ OFFSETS = [0, *(KEYS + OWN * np.arange(ROWS + 1)).tolist()]
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Specialised tiles for both launches, and for pages of every size."""
-    from hydragen.backends import tma  # noqa: PLC0415 - needs Triton
-
     monkeypatch.setattr(tuning, "prefix_tile_for", lambda *_, **__: PREFIX_TILES["narrow+2"])
     monkeypatch.setattr(tuning, "warp_tile_for", lambda *_, **__: WARP_TILES["large"])
-    monkeypatch.setattr(tma, "MEASURED_PAGES", range(1, 1000))
+    monkeypatch.setattr(prefix_tiles, "MEASURED_PAGES", range(1, 1000))
 
 
 def draw(*size: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import hydragen
 from hydragen import PrefixTree
@@ -91,6 +92,33 @@ def test_one_segment_of_more_rows_and_the_launch_is_the_plain_tiles(
         parents, kv_lens=[4096] + [128] * 256, row_to_node=[*range(1, 257), *[256] * (shared - 1)]
     )
     assert smallest(tree)[0] == expected
+
+
+def test_whole_segments_only() -> None:
+    """Heads that the plain tile would share must not cut a segment into blocks: each would do all of it."""
+    tree = PrefixTree.from_parents(
+        [-1] + [0] * 300, kv_lens=[4096] + [128] * 300, row_to_node=[*range(1, 301), *[300] * 7]
+    )
+    queries, heads = Queries.of(tree, np.arange(307), np.ones(307, np.int64)), Heads(16, 16, 128, 128, 2)
+    found, tiles = find_segments(tree, tree.kv_lens, queries, heads, H200, False)
+    own = found.tile == 0
+    assert tiles[0].warp is not None
+    assert (found.num_tok[own] * found.heads[own] <= tiles[0].block_m).all()
+
+
+def test_explain_of_pages_and_of_reserved_plans_names_the_plain_tile() -> None:
+    tree = PrefixTree.from_levels([[4096], [128] * 256])
+    pool = torch.zeros(2, 16, 8, 128, dtype=torch.bfloat16)
+    table = np.zeros(256 + 8 * 256, np.int32)
+    paged = hydragen.PagedKV(pool, pool, [0, *(256 + 8 * np.arange(257)).tolist()], table)
+    kv = [(torch.zeros(n, keys, 8, 128).bfloat16(),) * 2 for n, keys in ((1, 4096), (256, 128))]
+    plans = {
+        16: hydragen.plan(tree, paged, num_q_heads=32, kv_lens=tree.kv_lens.tolist()),
+        8: hydragen.plan(tree, kv, num_q_heads=32),
+    }
+    for rows, plan in plans.items():
+        assert plan.explain().segments[1].block_m == rows
+    assert hydragen.plan(tree, kv, num_q_heads=32, reserve=2.0).explain().segments[1].block_m == 16
 
 
 def test_explain_says_its_rows() -> None:

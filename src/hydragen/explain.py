@@ -38,7 +38,8 @@ class SegmentCost:
     batched : bool
         Whether it is read once for several sequences.
     block_m, num_splits : int
-        Rows of the tile that computes it, and the number of programs its keys are split over.
+        Rows of the tile that computes it, if no mask or soft cap asks for a plain one; and the number of
+        programs its keys are split over.
     bytes, bytes_unshared : int
         Keys and values read, all together: `reads` times per segment, or once per sequence.
     flops : int
@@ -191,8 +192,9 @@ def explanation(plan: WorkPlan, runs_tiles: bool = True) -> Explanation:
     if not runs_tiles:
         target = H200
         segments, tiles = find_segments(
-            plan.tree, plan.kv_lens, plan.queries, plan.heads, target, plan.batch_invariant
-        )
+            plan.tree, plan.kv_lens, plan.queries, plan.heads, target, plan.batch_invariant,
+            specialised=plan.specialised, page_size=plan.page_size,
+        )  # fmt: skip
     return _explanation(plan.tree, plan.kv_lens, segments, tiles, plan.heads, plan.queries, target)
 
 

@@ -3,7 +3,7 @@
 A pure function of the problem, like tuning.py. Each entry of PREFIX_TILES compiles without spills
 (`ci/compile_gate.py`). What matters beside its speed alone is the room that a program leaves on its
 multiprocessor of 65,536 registers and 227 KB: a suffix program of the plain tile takes up to 12,288 registers
-and 38 KB, one of warp_tiles.py 3,072 and 16 KB.
+and 38 KB, one of warp_tiles.py 3,072 to 4,096 and 12 to 33 KB.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ PREFIX_TILES: dict[str, PrefixTile] = {
     "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: none
     "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 63]: 1, 4
     "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: 2, 7
-    "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: 2, 10; or a second one of its own
+    "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: 2, 9; or a second one of its own
     "256": PrefixTile(64, 2, 1, 168, 240, q_shared=True),  # for head_dim 256: [22,528; 63], none
 }
 
@@ -82,6 +82,15 @@ _NO_TRAFFIC, LITTLE_TRAFFIC = 0.2, 0.95
 # Share of the device's peak that the fastest tile reaches; and what multiprocessors read that are free
 # meanwhile, over their share of the memory's bandwidth (docs/experiments.md, 14, 31 and 32).
 WIDE_SHARE, _FREE_SHARE = 0.85, 1.5
+
+
+# Page sizes with which the specialised tiles have been measured: the plain ones have the others.
+MEASURED_PAGES: frozenset[int] = frozenset()
+
+
+def reads_pages(page_size: int) -> bool:
+    """Return whether specialised tiles serve pools of such pages; 0: no pages."""
+    return page_size == 0 or page_size in MEASURED_PAGES
 
 
 def min_rows(head_dim: int) -> int:

@@ -34,7 +34,7 @@ class WarpTile:
     block_n : int
         Keys per step.
     k_stages, v_stages : int
-        Steps of keys, and of values, in shared memory.
+        Steps of keys, and of values, in shared memory: one and two at least.
     registers : int
         Most registers per thread.
     """

@@ -16,6 +16,7 @@ from hydragen.apart import apart_nodes, is_small
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV
 from hydragen.layout import Segments, Work, lay_out_work
+from hydragen.prefix_tiles import reads_pages
 from hydragen.queries import Heads, Queries
 from hydragen.runs import find_runs
 from hydragen.splits import split_size
@@ -41,6 +42,7 @@ def find_segments(
     batch_invariant: bool,
     fixed_heads: Mapping[Tile, int] | None = None,
     specialised: bool = True,
+    page_size: int = 0,
 ) -> tuple[Segments, tuple[Tile, ...]]:
     """Return what there is to attend to, with a tile and a split size for each run of segments.
 
@@ -49,6 +51,8 @@ def find_segments(
     tree : PrefixTree
     kv_lens : int64 [num_nodes]
         Keys in each node, or its capacity where the length lives on the device.
+    page_size : int
+        Tokens of a page, 0 without pages.
     """
     tiles = tiles_for(target, heads.head_dim, heads.head_dim_v, heads.itemsize)
     joins = fixed_heads is None and specialised and not batch_invariant
@@ -69,7 +73,7 @@ def find_segments(
             seconds = at_peak(all_keys, kv_len, rows, largest, sizes, target)
             if prefer_medium(kv_len[largest], blocks, *seconds, target):
                 tile[largest] -= 1
-    if not batch_invariant and specialised:
+    if not batch_invariant and specialised and reads_pages(page_size):
         tiles, tile = specialise(tiles, tile, all_keys, kv_len, rows, sizes, target)
         if not small and runs.links.size == runs.node.size:
             tiles = with_warp(tiles, tile, all_keys, kv_len, rows, sizes, target)
@@ -97,6 +101,11 @@ def find_segments(
                 dims * heads.itemsize,
                 (min(occupied, target.num_sms), beside),
             )
+        if (
+            tiles[index].warp is not None
+        ):  # its programs have whole segments: they must not be cut into blocks
+            while shared * heads.group_size * int(tokens.max()) > tiles[index].block_m:
+                shared //= 2
         together[chosen] = shared
         programs = -(-tokens * (heads.group_size * shared) // tiles[index].block_m)
         programs *= heads.num_kv_heads // shared
@@ -141,6 +150,10 @@ class WorkPlan:
         No row's bits depend on the other rows.
     room : (nodes, pairs of a node and an ancestor), or None
         The tables on devices have room for so many, to be replaced in place when the tree changes.
+    specialised : bool
+        Specialised tiles may serve it.
+    page_size : int
+        Tokens of a page, 0 without pages.
     uploads : dict
         What backends keep on devices for this plan; it lives as long as the plan.
     """
@@ -154,6 +167,8 @@ class WorkPlan:
     target: Target
     batch_invariant: bool
     room: tuple[int, int] | None = None
+    specialised: bool = True
+    page_size: int = 0
     uploads: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -176,12 +191,15 @@ def make_work_plan(
     already: they leave partials for a merge. Without `specialised` the plain tile serves all: a launch of the
     specialised one is bound to levels of KV, and another tree may need others.
     """
-    queries = Queries.of(tree, q_starts, q_lens)
+    queries, page_size = Queries.of(tree, q_starts, q_lens), 0 if nodes.pages is None else nodes.pages.size
     segments, tiles = find_segments(
-        tree, kv_lens, queries, heads, target, batch_invariant, fixed_heads, specialised
+        tree, kv_lens, queries, heads, target, batch_invariant, fixed_heads, specialised, page_size
     )
     # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
     # whether all rows have one partial is a matter of the others.
     may_be_final = fixed_heads is None and not batch_invariant
     work = lay_out_work(nodes, kv_lens, queries, segments, tiles, heads, may_be_final)
-    return WorkPlan(tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant)
+    return WorkPlan(
+        tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant, None, specialised,
+        page_size,
+    )  # fmt: skip

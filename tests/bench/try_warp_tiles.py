@@ -18,8 +18,7 @@ from shapes import shape
 from timing import GpuTimer, sample
 from try_prefix_tiles import Problem, Variant, checked, deciding, say, set_to
 
-from hydragen import tuning
-from hydragen.backends import tma
+from hydragen import prefix_tiles, tuning
 from hydragen.warp_tiles import WarpTile
 
 PLAIN = "plain"
@@ -93,7 +92,7 @@ def main() -> None:
         problem = Problem.of(shape(name))
         graphs, held = {}, []
         for variant, sizes in ((PLAIN, set()), ("specialised", {problem.case.page_size})):
-            with set_to(tma, "MEASURED_PAGES", sizes):
+            with set_to(prefix_tiles, "MEASURED_PAGES", sizes):
                 plan = problem.plan()
                 graphs[variant], out = checked(timer, problem, plan, variant)
             held.append((plan, out))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydragen import prefix_tiles
 from hydragen.backends.launch import Launcher, alignment
 from hydragen.backends.tokens import Tokens
 from hydragen.kv import NodeKV, Strides
@@ -31,8 +32,6 @@ __all__ = ["MOST_LEVELS", "WHY_NOT", "TmaLauncher", "attend_prefix", "attend_row
 
 # Levels of KV that one launch can read: a tensor descriptor is an argument of the kernel.
 MOST_LEVELS = 4
-# Page sizes with which the specialised tiles have been measured: the plain tile has the others.
-MEASURED_PAGES: frozenset[int] = frozenset()
 
 
 class TmaLauncher:
@@ -110,7 +109,7 @@ def can_fetch(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch, fold_s
     if call.q.stride(-1) != 1:
         return False
     size = 0 if nodes.pages is None else nodes.pages.size
-    if size and (size not in MEASURED_PAGES or special_tile(launch, size) is None):
+    if not prefix_tiles.reads_pages(size) or special_tile(launch, size) is None:
         return False
     levels = levels_of(launch)
     sides = ((nodes.k_strides, heads.head_dim), (nodes.v_strides, heads.head_dim_v))

@@ -5,13 +5,14 @@ few rows: what a sequence has of its own. There neither memory nor the tensor co
 takes from one block to the next, and beside the tile of kernels/prefix_sm90.py how many warps find room. So a
 warp does as little as there is to do. Scores are K Q^T and results V^T P^T: 8 columns of queries, where the
 plain tile has 16 rows. Weights are relative to a maximum that is raised only where a logit lies more than
-2**RESCALE above it. And nobody but the warp itself asks for the blocks of keys and values that come after the
-next, by TMA, into two rings of its own in shared memory: it may do so as soon as it has read what is there,
-no other warp has to be told.
+2**RESCALE above it: values from 2**(127 - RESCALE) on may overflow, which no model has. And nobody but the
+warp itself asks for the blocks of keys and values that come after the next, by TMA, into two rings of its own
+in shared memory: it may do so as soon as it has read what is there, no other warp has to be told.
 
 What it reads must have arrived, though, before it asks for what will overwrite it, and a load's issue says
 nothing of that. So the row that it asks for is made to depend on the scores: then their products, and those
-with the values of the step before, have been issued, which their operands' arrival precedes.
+with the values of the step before, have been issued, which their operands' arrival precedes. The compile gate
+reads this order in the machine's code.
 """
 
 from triton.experimental import gluon
@@ -129,6 +130,7 @@ def attend_rows(
     attend_prefix, but that blocks are [BLOCK_N, head_dim] of pages too, and PAGE_SIZE a multiple of BLOCK_N.
     `zero` is 0, which the compiler must not know. `scale_log2` must be positive.
     """
+    gl.static_assert(V_STAGES >= 2)  # values are asked for into the slot of the step before
     if PDL:
         # The next launch may take what room this one leaves, as soon as all of this one is placed.
         gdc_launch_dependents()
