@@ -29,7 +29,7 @@ def test_the_decode_loop_gives_the_tokens_of_ordinary_attention(capsys: pytest.C
                 assert found == expected
                 ids.append(found)
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
 
 
 @torch.inference_mode()

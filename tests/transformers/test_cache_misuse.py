@@ -231,6 +231,15 @@ def test_a_compiled_model_goes_over_a_cache(family: str) -> None:
     assert [one.token_ids for one in found] == expected
 
 
+def test_a_compiled_model_under_a_default_device() -> None:
+    """Which torch keeps by a mode that torch.compile takes along into whatever it follows."""
+    torch.set_default_device("cpu")
+    try:
+        test_a_compiled_model_goes_over_a_cache("llama")
+    finally:
+        torch.set_default_device(None)
+
+
 def test_autocast(ours: PreTrainedModel) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         shared = hydragen.generate(ours, SYSTEM, [[], [7]], max_new_tokens=3, logprobs=True)

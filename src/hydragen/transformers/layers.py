@@ -142,6 +142,8 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
             for tail in self._tails():
                 tail.index_copy_(0, target.to(tail.device), tail[source.to(tail.device)])
 
+    # counted on the host, in NumPy, which torch.compile cannot follow under a default device
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def get_seq_length(self) -> int:
         """Tokens that every row has at least: what `generate` need not feed again."""
         return int((self.rows.path_lens + self.rows.lens).min()) if self.rows.size else 0
