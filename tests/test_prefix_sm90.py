@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from judged import check
+from special_tiles import as_packed_and_in_pages, below_two_prefixes, served
 
 import hydragen
-from hydragen import api, prefix_tiles, tuning, work
+from hydragen import api, tuning, work
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
-from hydragen.testing.pages import paged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,14 +40,8 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def problem(**changes: Any) -> Problem:
-    """96 rows of group 4 below two prefixes that end within a block, and a few keys of their own each."""
-    rows = 96
-    given: dict[str, Any] = {
-        "parents": (-1, 0, *[1] * rows), "kv_lens": (333, 70, *[i % 5 for i in range(rows)]),
-        "row_to_node": tuple(range(2, rows + 2)), "q_lens": (1,) * rows, "num_q_heads": 8, "num_kv_heads": 2,
-        "head_dim": 128, "head_dim_v": 128, "dtype": torch.bfloat16, "sharpness": "peaked",
-    }  # fmt: skip
-    return Problem(**{**given, **changes})
+    """96 rows with a few keys of their own each."""
+    return below_two_prefixes([i % 5 for i in range(96)], **changes)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +57,8 @@ def problem(**changes: Any) -> Problem:
 )
 @pytest.mark.parametrize("layout", ["packed", "levels"])
 def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.device) -> None:
-    from hydragen.backends.tma import TmaLauncher  # noqa: PLC0415 - needs Triton
-
     check(problem(**changes), "triton", device, layout=layout, spare=150)
-    (plan,) = api._PLANS.values()
-    launchers = [found[0] for found in plan.uploads.values() if isinstance(found, tuple)]
-    assert any(isinstance(first[0], TmaLauncher) for first in launchers if isinstance(first, tuple))
+    assert served("attend_prefix", launch=0)
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64, 128, 256])
@@ -76,19 +66,9 @@ def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.
 def test_pages_hold_the_same_bits(
     changes: dict[str, Any], page_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scattered, NaN behind the last key: as packed."""
-    from hydragen.backends import tma  # noqa: PLC0415 - needs Triton
-
-    monkeypatch.setattr(prefix_tiles, "MEASURED_PAGES", {page_size})
-    asked = problem(**changes)
-    packed = check(asked, "triton", device)
-    api._PLANS.clear()
-    inputs = asked.tensors()
-    pages = paged(asked, inputs, page_size, seed=1, spare=40)
-    found = check(asked, "triton", device, replace(inputs, pages=pages), layout="paged")
-    (plan,) = api._PLANS.values()
-    launchers = [found[0] for found in plan.uploads.values() if isinstance(found, tuple)]
-    assert any(isinstance(first[0], tma.TmaLauncher) for first in launchers if isinstance(first, tuple))
+    monkeypatch.setattr(tuning, "warp_tile_for", lambda *_, **__: None)  # it may take other steps for pages
+    packed, found = as_packed_and_in_pages(problem(**changes), page_size, device, monkeypatch)
+    assert served("attend_prefix", launch=0)
     assert all(torch.equal(a, b) for a, b in zip(packed, found, strict=True))
 
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from shapes import shape
@@ -61,8 +62,8 @@ def with_warp(tile: WarpTile | None) -> Iterator[None]:
     """Let a tile serve every launch that the library would give to one of its kind."""
     chosen = tuning.warp_tile_for
 
-    def instead(*given: object, **named: object) -> WarpTile | None:
-        return None if chosen(*given, **named) is None else tile  # type: ignore[arg-type]
+    def instead(*given: Any, **named: Any) -> WarpTile | None:
+        return None if chosen(*given, **named) is None else tile
 
     with set_to(tuning, "warp_tile_for", instead):
         yield

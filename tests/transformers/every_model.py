@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import SMALL, VOCABULARY
+from models import LATENT, SMALL, VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -24,14 +24,6 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("word_embed_proj_dim", "embedding_size", "embed_dim"), 32),
     "head_dim": 8,
     "sliding_window": 9,
-}
-_LATENT: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
 }
 # Set although the default is None: None stands for a number that is worked out, or for a token.
 _EVEN_IF_NONE = {"head_dim", "num_key_value_heads", "eos_token_id", "pad_token_id", "bos_token_id"}
@@ -184,7 +176,7 @@ def _small(kind: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfi
     default = kind()
     sizes = dict(_SIZES)
     if getattr(default, "kv_lora_rank", None) is not None:
-        sizes.update(_LATENT)
+        sizes.update(LATENT)
         del sizes["head_dim"]  # of the rotary part, which is set by its own name
         if default.q_lora_rank is None:
             del sizes["q_lora_rank"]

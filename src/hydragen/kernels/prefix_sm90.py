@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fetch_sm90 import locate, num_blocks, produce, wait_for
 from .primitives import LN_2, LOWEST, fold_sink, total_and_lse
+from .rows_sm90 import query_rows
 from .softmax_sm90 import rescale, softmax_step
 
 # Rows of a consumer: the rows of one wgmma instruction.
@@ -47,7 +48,6 @@ def consume(
     k_ring, v_ring, k_full, k_empty, v_full, v_empty = rings
     cleared, seen = handover
     items_ptr, q_token_ptr, kv_lens_ptr, num_tasks, num_items, q_len, scale_log2 = work
-    stride_qb, stride_qt, stride_qh = strides
     GROUP_SIZE: gl.constexpr = SIZES[0]
     NUM_Q_HEADS: gl.constexpr = SIZES[0] * SIZES[1]
     HEAD_DIM: gl.constexpr = SIZES[2]
@@ -98,18 +98,9 @@ def consume(
                 mbarrier.arrive(seen.index(0), count=1)
             short += 1
 
-        tok_begin = gl.load(columns + 5)
-        num_tok = gl.load(columns + 6)
         row_begin = gl.load(columns + 7) + WHICH * ROWS
         rows = row_begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
-        local = rows // GROUP_SIZE
-        row_ok = local < num_tok
-        token = tok_begin + local
-        if GATHER_Q:
-            token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
-            row_ok = row_ok & (token >= 0)
-        q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
-        q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64) * stride_qh
+        q_rows, row_ok = query_rows(columns, rows, kv_head, q_token_ptr, q_len, strides, GROUP_SIZE, GATHER_Q)
         offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, Q_LAYOUT))
         q = gl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=row_ok[:, None], other=0.0)
         if Q_SHARED:

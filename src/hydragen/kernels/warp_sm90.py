@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fetch_sm90 import locate, page_row
 from .primitives import LN_2, LOG2_E, LOWEST, RESCALE, total_and_lse
+from .rows_sm90 import places, query_rows
 
 # Query rows: the columns of one mma.
 ROWS = gl.constexpr(8)
@@ -95,24 +96,6 @@ def raise_maximum(acc, running_max, running_sum, scores, scale_log2):
 
 
 @gluon.jit
-def places(
-    columns, rows, kv_head, q_token_ptr, GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
-    GATHER_Q: gl.constexpr, FINAL: gl.constexpr,
-):  # fmt: skip
-    """Where an item's rows go, in rows of head_dim_v: of the output, or of the partials; -1 for nowhere."""
-    local = rows // GROUP_SIZE
-    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-    if FINAL:
-        token = gl.load(columns + 5) + local
-        if GATHER_Q:
-            token = gl.load(q_token_ptr + token, mask=local < gl.load(columns + 6), other=-1)
-    else:
-        token = gl.load(columns + 8) + local
-    row = token.to(gl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
-    return gl.where(token < 0, -1, row)
-
-
-@gluon.jit
 def attend_rows(
     q_ptr, k_desc, k_desc_1, k_desc_2, k_desc_3, v_desc, v_desc_1, v_desc_2, v_desc_3,
     out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
@@ -179,17 +162,9 @@ def attend_rows(
                 row = block_row(i, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
                 ask(v_descs, level, levels, row, v_column, v_ring, v_full, i, V_STAGES, NUM_LEVELS)
 
-    tok_begin = gl.load(columns + 5)
-    num_tok = gl.load(columns + 6)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, RIGHT))
-    local = rows // GROUP_SIZE
-    row_ok = local < num_tok
-    token = tok_begin + local
-    if GATHER_Q:
-        token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
-        row_ok = row_ok & (token >= 0)
-    q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
-    q_rows += (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64) * stride_qh
+    strides = (stride_qb, stride_qt, stride_qh)
+    q_rows, row_ok = query_rows(columns, rows, kv_head, q_token_ptr, q_len, strides, GROUP_SIZE, GATHER_Q)
     dims = gl.arange(0, PART, layout=gl.SliceLayout(1, RIGHT))
     q_ptrs = q_ptr + q_rows[None, :] + dims[:, None]
     first = gl.load(q_ptrs, mask=row_ok[None, :], other=0.0)
@@ -240,6 +215,7 @@ def attend_rows(
     # what is of a row, before rows are laid out for memory: here a thread has two of them
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, MMA))
     head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    num_tok = gl.load(columns + 6)
     row_ok = rows // GROUP_SIZE < num_tok
     running_sum = gl.sum(running_sum, 0)
     if FINAL and HAS_SINKS:

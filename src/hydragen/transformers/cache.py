@@ -29,7 +29,6 @@ from hydragen.transformers.support import (
     text_config,
 )
 from hydragen.transformers.tokens import left_padded, row_groups, token_rows
-from hydragen.transformers.undo import undone_on_failure
 from hydragen.transformers.weights import Weights
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ class PrefixCache(CacheProtocol):
         new = [np.append(first[first >= 0], ids) for first, ids in zip(waiting, given, strict=True)]
         counts = np.array([ids.size for ids in new], dtype=np.int64)
         self.rows.reserve(counts)
-        with undone_on_failure(self):
+        with self.undone_on_failure():
             for group in row_groups(counts, PREFILL_TOKENS):
                 for begin in range(0, int(counts[group].max()), PREFILL_TOKENS):
                     live = group[counts[group] > begin]

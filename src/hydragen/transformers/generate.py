@@ -21,7 +21,6 @@ from hydragen.transformers.prompts import check_tokenizer, draw_seeds, join_leve
 from hydragen.transformers.sampling import Sampling
 from hydragen.transformers.support import check_prompt, max_positions
 from hydragen.transformers.tokens import token_rows
-from hydragen.transformers.undo import undone_on_failure
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ def continue_rows(
     seeds, stop = draw_seeds(seed, size), stop_ids(cache.model, stop_token_ids)
     check_tokenizer(tokenizer)
     warn_of_defaults(cache.model)
-    with undone_on_failure(cache):
+    with cache.undone_on_failure():
         cache.extend(given)
         seeds = of_the_first(cache.model, seeds)
         done = sorted(decode(cache, limits, seeds, sampling, stop, logprobs))

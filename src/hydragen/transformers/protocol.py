@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -50,6 +52,21 @@ class CacheProtocol(Cache):  # type: ignore[misc]  # mypy does not read transfor
             layer.reorder(chosen)
         self.rows.permute(chosen)
         self._logits, self._pending = self._logits.of_rows(chosen), self._pending.of_rows(chosen)
+
+    @contextmanager
+    def undone_on_failure(self: PrefixCache) -> Iterator[None]:
+        """Let the rows hold what they held before, if the block fails or is interrupted.
+
+        Tokens that came meanwhile are not counted any more. Nothing is copied for that: what a row holds is
+        never written again, and where rows had to move, each layer still knows where its tokens lie.
+        """
+        rows, logits, pending = self.rows.mark(), self._logits, self._pending
+        try:
+            yield
+        except BaseException:  # KeyboardInterrupt too
+            self.rows.go_back(rows)
+            self._logits, self._pending = logits, pending
+            raise
 
     def __copy__(self: PrefixCache) -> PrefixCache:
         return self.branch(np.arange(self.num_rows)) if self.num_rows else type(self)(self.model)

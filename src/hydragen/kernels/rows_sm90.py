@@ -1,0 +1,38 @@
+"""Which rows of queries an item of the work table has, and where its results go, in Gluon."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def query_rows(
+    columns, rows, kv_head, q_token_ptr, q_len, strides, GROUP_SIZE: gl.constexpr, GATHER_Q: gl.constexpr
+):  # fmt: skip
+    """Offsets of stacked rows of queries, and which of them there are."""
+    stride_qb, stride_qt, stride_qh = strides
+    local = rows // GROUP_SIZE
+    row_ok = local < gl.load(columns + 6)
+    token = gl.load(columns + 5) + local
+    if GATHER_Q:
+        token = gl.load(q_token_ptr + token, mask=row_ok, other=-1)
+        row_ok = row_ok & (token >= 0)
+    q_rows = (token // q_len).to(gl.int64) * stride_qb + (token % q_len).to(gl.int64) * stride_qt
+    return q_rows + (kv_head * GROUP_SIZE + rows % GROUP_SIZE).to(gl.int64) * stride_qh, row_ok
+
+
+@gluon.jit
+def places(
+    columns, rows, kv_head, q_token_ptr, GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+    GATHER_Q: gl.constexpr, FINAL: gl.constexpr,
+):  # fmt: skip
+    """Where an item's rows go, in rows of head_dim_v: of the output, or of the partials; -1 for nowhere."""
+    local = rows // GROUP_SIZE
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    if FINAL:
+        token = gl.load(columns + 5) + local
+        if GATHER_Q:
+            token = gl.load(q_token_ptr + token, mask=local < gl.load(columns + 6), other=-1)
+    else:
+        token = gl.load(columns + 8) + local
+    row = token.to(gl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
+    return gl.where(token < 0, -1, row)
