@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
+from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile, tile_for_causal
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile, few_tile, tiles_for
 from hydragen.warp_tiles import WARP_TILES, WarpTile
@@ -34,6 +34,8 @@ SPECIAL_VARIANTS: dict[str, dict[str, int]] = {
     "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
     "gathered": {"GATHER_Q": True, "HAS_LENS": True},
     "pages": {"PAGE_SIZE": 32, "HAS_LENS": True},
+    "reserved": {"NUM_LEVELS": 2, "HAS_LENS": True, "RESERVED": True},
+    "reserved pages": {"PAGE_SIZE": 16, "HAS_LENS": True, "GATHER_Q": True, "RESERVED": True},
     "all": {"NUM_LEVELS": 4, "GATHER_Q": True, "HAS_LENS": True},
     "all, one partial": {
         "NUM_LEVELS": 2,
@@ -45,8 +47,16 @@ SPECIAL_VARIANTS: dict[str, dict[str, int]] = {
     },
 }
 
+# Of the prefix tiles that serve causal calls.
+CAUSAL_VARIANTS: dict[str, dict[str, int]] = {
+    "causal": {"CAUSAL": True},
+    "causal, growing": {"CAUSAL": True, "HAS_LENS": True, "GATHER_Q": True, "NUM_LEVELS": 2},
+    "causal, reserved pages": {"CAUSAL": True, "HAS_LENS": True, "PAGE_SIZE": 16, "RESERVED": True},
+}
 
 _SPECIAL_SIZES = (("bf16", 64), ("bf16", 128), ("fp16", 128))
+# Prefix tiles that are for one head_dim only.
+_ONLY = {"64": (("bf16", 64), ("fp16", 64)), "256": (("bf16", 256),)}
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,9 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
         found += [
             Case(90, dtype, head_dim, tile, variant)
             for name, tile in PREFIX_TILES.items()
-            for dtype, head_dim in ([("bf16", 256)] if name == "256" else _SPECIAL_SIZES)
-            for variant in (SPECIAL_VARIANTS if dtype == "bf16" else ["decode"])
+            for dtype, head_dim in _ONLY.get(name, _SPECIAL_SIZES)
+            for variant in (SPECIAL_VARIANTS | CAUSAL_VARIANTS if dtype == "bf16" else ["decode"])
+            if variant not in CAUSAL_VARIANTS or tile_for_causal(tile) == tile
         ]
         found += [
             Case(90, dtype, head_dim, tile, variant)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from compile_cases import RUN_VARIANTS, SPECIAL_VARIANTS, VARIANTS, Case, cases
+from compile_cases import CAUSAL_VARIANTS, RUN_VARIANTS, SPECIAL_VARIANTS, VARIANTS, Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -108,9 +108,10 @@ def _compile_special(
 ) -> Any:
     on = {
         "FINAL": False, "HAS_SINKS": False, "HAS_LSE": False, "GATHER_Q": False, "HAS_LENS": False,
-        "NUM_LEVELS": 1, "PAGE_SIZE": 0,
+        "NUM_LEVELS": 1, "PAGE_SIZE": 0, "RESERVED": False, "CAUSAL": False,
     }  # fmt: skip
-    constants: dict[str, Any] = on | SPECIAL_VARIANTS[case.variant] | own | {
+    variants = SPECIAL_VARIANTS | CAUSAL_VARIANTS
+    constants: dict[str, Any] = on | variants[case.variant] | own | {
         "q_len": 1, "GROUP_SIZE": GROUP_SIZE, "NUM_KV_HEADS": NUM_KV_HEADS, "HEAD_DIM": case.head_dim,
         "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "PDL": True,
     }  # fmt: skip

@@ -12,6 +12,7 @@ import hydragen
 from hydragen import api, tuning, work
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
+from hydragen.testing.pages import paged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,8 +25,12 @@ pytestmark = [
 @pytest.fixture(
     autouse=True,
     params=[
-        *((name, persistent, False) for name in PREFIX_TILES for persistent in (False, True)),
-        *(("narrow+2", True, True), ("single", False, True), ("256", False, True)),
+        *(
+            (name, persistent, tile.lazy)
+            for name, tile in PREFIX_TILES.items()
+            for persistent in (False, True)
+        ),
+        *(("narrow+2", True, False), ("single", False, True), ("256", False, True)),
     ],
 )
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -59,6 +64,55 @@ def problem(**changes: Any) -> Problem:
 def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.device) -> None:
     check(problem(**changes), "triton", device, layout=layout, spare=150)
     assert served("attend_prefix", launch=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},  # rows with fewer keys of their own than queries: some of the prefix comes after these
+        {"head_dim": 64, "head_dim_v": 64, "num_q_heads": 16, "sinks": True},
+        {"kv_lens": (128, 1, *[5] * 96)},  # all of it comes before
+        {"kv_lens": (2, 1, *[0] * 96), "q_lens": (9,) * 96},  # first queries see nothing
+        {"q_lens": tuple(1 + row % 7 for row in range(96)), "sharpness": "very_negative"},
+        {"parents": (-1,), "kv_lens": (700,), "row_to_node": (0,) * 5, "q_lens": (700, 300, 130, 64, 1)},
+    ],
+)
+@pytest.mark.parametrize("layout", ["packed", "levels", "paged"])
+def test_queries_before_some_keys(changes: dict[str, Any], layout: str, device: torch.device) -> None:
+    asked = problem(**{"q_lens": (3,) * 96, **changes}, causal=True)
+    inputs = asked.tensors()
+    if layout == "paged":
+        inputs = replace(inputs, pages=paged(asked, inputs, 16, seed=1, spare=40))
+    check(asked, "triton", device, inputs, layout=layout)
+    assert served("attend_prefix", launch=0)
+
+
+def test_causal_lengths_on_the_device(device: torch.device) -> None:
+    """As many queries as the rows have keys of their own, or more: known on the device only."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=torch.bfloat16, device=device, generator=generator)
+
+    q, prefix, suffix = normal(96, 3, 8, 128), normal(2, 1, 700, 2, 128), normal(2, 96, 9, 2, 128)
+    for shared in (700, 385, 2, 0):
+        own = torch.randint(0, 10, (96,), generator=torch.Generator().manual_seed(shared)).tolist()
+        poisoned = [prefix.clone(), suffix.clone()]
+        poisoned[0][:, :, shared:] = torch.nan
+        for row, length in enumerate(own):
+            poisoned[1][:, row, length:] = torch.nan
+        exactly = [tuple(prefix.double()), tuple(suffix.double())]
+        expected = hydragen.attention(
+            q.double(), exactly, kv_lens=[[shared], own], causal=True, backend="reference"
+        )
+        lens = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([shared], own)]
+        api._PLANS.clear()
+        runs = [
+            hydragen.attention(q, [tuple(x) for x in poisoned], kv_lens=lens, causal=True) for _ in range(30)
+        ]
+        assert served("attend_prefix", launch=0)
+        assert all(torch.equal(runs[0], again) for again in runs[1:])
+        torch.testing.assert_close(runs[0].double(), expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64, 128, 256])

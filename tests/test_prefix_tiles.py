@@ -32,7 +32,7 @@ def planned(
     kv: Any,
     target: Target = H200,
     batch_invariant: bool = False,
-    specialised: bool = True,
+    reserved: bool = False,
     **given: Any,
 ) -> Any:
     """A checked call and its plan for a device that is not here."""
@@ -41,7 +41,7 @@ def planned(
     return call, make_work_plan(
         call.tree, call.nodes, lens, on_device, call.q_starts, call.q_lens, call.heads, target,
         batch_invariant,
-        specialised=specialised,
+        reserved=reserved,
     )  # fmt: skip
 
 
@@ -118,16 +118,15 @@ def test_not_elsewhere(target: Target, dtype: torch.dtype, batch_invariant: bool
 
 
 @pytest.mark.usefixtures("chosen")
-def test_not_where_another_tree_may_follow() -> None:
+def test_where_another_tree_may_follow_too() -> None:
     kv = levels([(1, 4096), (512, 16)])
-    _, plan = planned(zeros(512, 1, 8, 64), kv, specialised=False)
-    assert not any(special(plan))
+    _, plan = planned(zeros(512, 1, 8, 64), kv, reserved=True)
+    assert special(plan) == [True, False]
     tree = hydragen.PrefixTree.from_levels([[4096], [16] * 512])
-    for reserve, expected in ((1.0, True), (2.0, False)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hydragen.planned.target_of", lambda _: H200)
-            made = hydragen.plan(tree, kv, num_q_heads=8, reserve=reserve, backend="reference")
-        assert any(special(made._work)) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hydragen.planned.target_of", lambda _: H200)
+        made = hydragen.plan(tree, kv, num_q_heads=8, reserve=2.0, backend="reference")
+    assert special(made._work) == [False, True, False]  # for any segments, in three kinds of tiles
 
 
 @pytest.mark.usefixtures("chosen")
@@ -154,7 +153,9 @@ def test_how_many_levels_one_launch_serves(levels_shared: int, served: bool) -> 
     kv = levels([(2, 256)] * levels_shared + [(512, 16)])
     call, plan = planned(zeros(512, 1, 8, 64), kv)
     assert special(plan) == [True, False]
-    assert levels_of(plan.work.launches[0]) == tuple(range(levels_shared))
+    assert levels_of(plan.work.launches[0], call) == tuple(range(levels_shared))
+    other = replace(plan.work.launches[0], num_items=np.ones(1, np.int32))  # other trees may follow
+    assert levels_of(other, call) == tuple(range(levels_shared + 1))
     launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
     assert isinstance(launcher, TmaLauncher) == served
 
@@ -163,9 +164,12 @@ def test_how_many_levels_one_launch_serves(levels_shared: int, served: bool) -> 
 @pytest.mark.usefixtures("chosen")
 @pytest.mark.parametrize(
     "what",
-    ["plain", "causal", "softcap", "scale", "tiny scale", "pages", "heads first", "packed", "interleaved"],
+    [
+        *("plain", "causal", "causal, small steps", "window", "softcap", "scale", "tiny scale", "pages"),
+        *("heads first", "packed", "interleaved"),
+    ],
 )
-def test_which_calls_it_serves(what: str) -> None:
+def test_which_calls_it_serves(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain tile stays behind it: options and layouts belong to the run, not to the plan."""
     from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
     from hydragen.backends.tma import TmaLauncher  # noqa: PLC0415 - needs Triton
@@ -173,12 +177,14 @@ def test_which_calls_it_serves(what: str) -> None:
 
     q, kv = zeros(256, 2, 8, 64), levels([(1, 512), (256, 16)])
     given: dict[str, Any] = {
-        "causal": {"causal": True}, "softcap": {"softcap": 3.0}, "scale": {"scale": -1.0},
-        "tiny scale": {"scale": 1e-40},
+        "causal": {"causal": True}, "causal, small steps": {"causal": True}, "window": {"window": 9},
+        "softcap": {"softcap": 3.0}, "scale": {"scale": -1.0}, "tiny scale": {"scale": 1e-40},
     }.get(what, {})  # fmt: skip
-    if what == "pages":
+    if what == "causal, small steps":
+        monkeypatch.setattr(tuning, "prefix_tile_for", lambda *_, **__: PREFIX_TILES["narrow+2"])
+    elif what == "pages":
         pages = np.arange(33)
-        kv = PagedKV(zeros(64, 16, 2, 64), zeros(64, 16, 2, 64), [0, 32, 33], pages)
+        kv = PagedKV(zeros(64, 8, 2, 64), zeros(64, 8, 2, 64), [0, 32, 33], pages)
         given = {"tree": hydragen.PrefixTree.from_parents([-1, 0], row_to_node=[1] * 256)}
     elif what == "heads first":
         kv[0] = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in kv[0])
@@ -190,7 +196,8 @@ def test_which_calls_it_serves(what: str) -> None:
     call, plan = planned(q, kv, **given)
     assert any(special(plan)) == (what != "pages")
     launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
-    assert isinstance(launcher, TmaLauncher) == (what in ("plain", "packed", "interleaved"))
+    served = ("plain", "causal", "causal, small steps", "packed", "interleaved")
+    assert isinstance(launcher, TmaLauncher) == (what in served)
 
 
 @pytest.mark.triton
@@ -203,7 +210,7 @@ def test_which_calls_it_serves(what: str) -> None:
         (8, True, True),
         (24, True, False),
         (4, True, False),
-        (16, False, False),
+        (8, False, False),
     ],
 )
 def test_which_pages_it_serves(
@@ -225,6 +232,15 @@ def test_which_pages_it_serves(
     assert any(special(plan)) == measured
     launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
     assert isinstance(launcher, tma.TmaLauncher) == served
+
+
+@pytest.mark.parametrize("tile", PREFIX_TILES.values(), ids=PREFIX_TILES.keys())
+def test_which_tile_serves_causal_calls(tile: PrefixTile) -> None:
+    """One with as many rows, since the items are cut for those, and that compiles without spills."""
+    found = prefix_tiles.tile_for_causal(replace(tile, persistent=True))
+    assert found.persistent
+    assert found.block_m == tile.block_m
+    assert prefix_tiles.tile_for_causal(found) == found
 
 
 @pytest.mark.parametrize("tile", PREFIX_TILES.values(), ids=PREFIX_TILES.keys())

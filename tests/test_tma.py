@@ -63,7 +63,7 @@ CASES: dict[str, Any] = {
 COMMON = {
     "q_len": 1, "stride_qb": 4 * HEADS * DIM, "stride_qh": DIM, "GROUP_SIZE": 4, "NUM_KV_HEADS": HEADS,
     "HEAD_DIM": DIM, "HEAD_DIM_V": DIM, "GATHER_Q": False, "HAS_LENS": False, "FINAL": False,
-    "HAS_SINKS": False, "HAS_LSE": False, "PDL": True,
+    "HAS_SINKS": False, "HAS_LSE": False, "PDL": True, "RESERVED": False,
 }  # fmt: skip
 
 
@@ -91,14 +91,15 @@ def test_they_address_what_the_kernels_mean(name: str) -> None:
         assert isinstance(launcher, TmaLauncher)
         seen: list[Any] = []
         special, launcher.launcher = launcher.launcher, lambda tensors, _, into=seen: into.extend(tensors)
-        items, links = torch.zeros(1), torch.zeros(1)
-        launcher((call.q, nodes.k, nodes.v, *buffers.values(), items, links, *ints.values()), (True,) * 9)
+        items, links, count = torch.zeros(1), torch.zeros(1), torch.zeros(1)
+        tensors = (call.q, nodes.k, nodes.v, *buffers.values(), items, links, *ints.values(), count)
+        launcher(tensors, (True,) * 9)
         pointers = dict(zip(special._kernel.arg_names, seen, strict=False))
-        sent = {**buffers, **ints, "items_ptr": items, "q_ptr": call.q}
+        sent = {**buffers, **ints, "items_ptr": items, "num_items_ptr": count, "q_ptr": call.q}
         assert all(pointers[name] is sent[name] for name in pointers if name.endswith("_ptr"))
         given = dict(zip(special._kernel.arg_names[len(seen) :], special._rest, strict=True))
         prefix, tile = special._kernel is attend_prefix, launch.tile
-        own = {"num_tasks": HEADS * len(launch.items), "CONSUMERS": 2, "Q_SHARED": True}
+        own = {"num_tasks": HEADS * len(launch.items), "CONSUMERS": 2, "Q_SHARED": True, "CAUSAL": False}
         assert (own if prefix else {"zero": 0, "K_STAGES": 2, "V_STAGES": 2}).items() <= given.items()
         assert COMMON.items() <= given.items()
         assert given["num_items"] == len(launch.items)

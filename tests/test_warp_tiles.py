@@ -78,7 +78,7 @@ def test_who_gets_it() -> None:
     assert smallest(usual, q_len=2) == (WARP_TILES["small"], 8)  # twice the compute of the prefix
     assert smallest(usual, q_len=3) == (None, 16)  # 12 rows
     assert smallest([[4096], [128] * 2]) == (None, 16)  # few programs
-    assert smallest(usual, specialised=False) == (None, 16)  # another tree may follow
+    assert smallest(usual, reserved=True) == (WARP_TILES["medium"], 8)  # another tree may follow
     assert smallest(usual, batch_invariant=True) == (None, 16)
     assert smallest(usual, target=replace(H200, arch=80))[0] is None
 
@@ -106,19 +106,24 @@ def test_whole_segments_only() -> None:
     assert (found.num_tok[own] * found.heads[own] <= tiles[0].block_m).all()
 
 
-def test_explain_of_pages_and_of_reserved_plans_names_the_plain_tile() -> None:
+def test_explain_of_pages_and_of_reserved_plans_names_the_tile_that_runs() -> None:
     tree = PrefixTree.from_levels([[4096], [128] * 256])
-    pool = torch.zeros(2, 16, 8, 128, dtype=torch.bfloat16)
-    table = np.zeros(256 + 8 * 256, np.int32)
-    paged = hydragen.PagedKV(pool, pool, [0, *(256 + 8 * np.arange(257)).tolist()], table)
-    kv = [(torch.zeros(n, keys, 8, 128).bfloat16(),) * 2 for n, keys in ((1, 4096), (256, 128))]
-    plans = {
-        16: hydragen.plan(tree, paged, num_q_heads=32, kv_lens=tree.kv_lens.tolist()),
-        8: hydragen.plan(tree, kv, num_q_heads=32),
-    }
-    for rows, plan in plans.items():
-        assert plan.explain().segments[1].block_m == rows
-    assert hydragen.plan(tree, kv, num_q_heads=32, reserve=2.0).explain().segments[1].block_m == 16
+
+    def rows_with(kv: Any, reserve: float = 1.0) -> int:
+        plan = hydragen.plan(tree, kv, num_q_heads=32, kv_lens=tree.kv_lens.tolist(), reserve=reserve)
+        return plan.explain().segments[1].block_m
+
+    for size, rows in ((16, 8), (128, 8), (4, 16)):
+        pool = torch.zeros(2, size, 8, 128, dtype=torch.bfloat16)
+        first, own = 4096 // size, -(-128 // size)
+        table = np.zeros(first + own * 256, np.int32)
+        paged = hydragen.PagedKV(pool, pool, [0, *(first + own * np.arange(257)).tolist()], table)
+        assert rows_with(paged) == rows_with(paged, reserve=2.0) == rows
+    levels = [(torch.zeros(n, keys, 8, 128).bfloat16(),) * 2 for n, keys in ((1, 4096), (256, 128))]
+    plan = hydragen.plan(tree, levels, num_q_heads=32)
+    assert plan.explain().segments[1].block_m == 8
+    plan = hydragen.plan(tree, levels, num_q_heads=32, reserve=2.0)
+    assert plan.explain().segments[1].block_m == 8
 
 
 def test_explain_says_its_rows() -> None:

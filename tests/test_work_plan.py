@@ -10,6 +10,7 @@ from hydragen import PrefixTree
 from hydragen.layout import LINK_COLUMNS, lay_out_work
 from hydragen.queries import Heads
 from hydragen.target import H200
+from hydragen.tiles import tiles_for
 from hydragen.work import make_work_plan
 
 
@@ -24,15 +25,16 @@ def test_a_plan_knows_what_it_was_made_for() -> None:
     assert (plain.lens_on_device, plain.batch_invariant) == (True, False)
     assert (plain.tree, plain.heads, plain.target) == (tree, heads, H200)
     assert plain.kv_lens is tree.kv_lens
-    assert plain.work.launches[0].tile.prefix is not None, "the specialised tile, unless it is refused"
-    refused = make_work_plan(*given, False, *rest, True, specialised=False)
-    assert (refused.lens_on_device, refused.batch_invariant) == (False, True)
-    refused = make_work_plan(*given, False, *rest, False, specialised=False)
-    assert all(launch.tile.prefix is None for launch in refused.work.launches)
-    # KV heads per program of kernels that were chosen for another tree are kept, and a merge follows
+    assert plain.work.launches[0].tile.prefix is not None
+    invariant = make_work_plan(*given, False, *rest, True, reserved=True)
+    assert (invariant.lens_on_device, invariant.batch_invariant, invariant.reserved) == (False, True, True)
+    assert all(launch.tile.prefix is None for launch in invariant.work.launches)
+    # tiles, and KV heads per program, that were chosen for another tree are kept, and a merge follows
+    chosen = tiles_for(H200, 128, 128, 2)
     for wanted in (1, 2):
-        fixed = dict.fromkeys(refused.work.tiles, wanted)
-        kept = make_work_plan(*given, False, *rest, False, fixed, specialised=False)
+        fixed = dict.fromkeys(chosen, wanted)
+        kept = make_work_plan(*given, False, *rest, False, fixed, reserved=True)
+        assert kept.work.tiles == chosen
         assert {launch.heads for launch in kept.work.launches} == {wanted}
     one = PrefixTree.from_parents([-1], [40], row_to_node=[0])
     assert one.kv_lens is not None
@@ -49,7 +51,7 @@ def test_a_plan_knows_what_it_was_made_for() -> None:
     final = make_work_plan(*alone, False).work
     assert final.final
     assert (final.merge_indptr.size, final.merge_indices.size) == (0, 0)
-    assert not make_work_plan(*alone, False, dict.fromkeys(refused.work.tiles, 1), False).work.final
+    assert not make_work_plan(*alone, False, dict.fromkeys(chosen, 1)).work.final
     for work in (final, plain.work):
         launches = [table for launch in work.launches for table in (launch.items, launch.links)]
         tables = [*launches, work.merge_indptr, work.merge_indices]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hydragen.layout import ITEM_COLUMNS, Launch
 from hydragen.tiles import Tile
+from hydragen.warp_tiles import WARP_ROWS
 from hydragen.work import WorkPlan
 
 # Items of a kind of tile that a first tree does not use at all.
@@ -34,9 +36,24 @@ class Capacity:
     pairs: int
 
     @property
-    def heads(self) -> dict[Tile, int]:
-        """KV heads per program of each tile."""
-        return {tile: heads for tile, heads, _ in self.launches}
+    def tiles(self) -> dict[Tile, int]:
+        """The tiles by rising rows, and the KV heads per program of each."""
+        rising = sorted(self.launches, key=lambda launch: launch[0].block_m)
+        return {tile: heads for tile, heads, _ in rising}
+
+
+def lasting_tiles(plan: WorkPlan) -> Mapping[Tile, int]:
+    """Return the tiles, by rising rows, that other trees than the plan's will have; KV heads of each.
+
+    A specialised tile for long segments takes those of all larger plain ones, too: one launch less.
+    """
+    tiles, last = plan.work.tiles, plan.work.tiles[-1]
+    if last.prefix is not None:
+        tiles = (*(tile for tile in tiles if tile.block_m < last.block_m), last)
+    heads = {launch.tile: launch.heads for launch in plan.work.launches}
+    # what is left of a segment for a tile of one warp is WARP_ROWS, for which the plain one must have room
+    most = {tile: tile.block_m // WARP_ROWS if tile.warp is not None else 16 for tile in tiles}
+    return {tile: min(heads.get(tile, 1), most[tile]) for tile in tiles}
 
 
 def capacity_for(plan: WorkPlan, reserve: float) -> Capacity:
@@ -51,6 +68,10 @@ def capacity_for(plan: WorkPlan, reserve: float) -> Capacity:
         launch = used.get(tile)
         items = max(room(0 if launch is None else launch.items.shape[0]), _LEAST_ITEMS)
         launches.append((tile, 1 if launch is None else launch.heads, items))
+    # What comes between a specialised prefix tile and the smallest one would keep them from running beside
+    # one another, even without work: its programs find no room beside the first.
+    if launches[0][0].prefix is not None:
+        launches.insert(-1, launches.pop(0))
     partials = max(room(plan.work.num_partials), 4 * plan.queries.token.size)
     num_nodes, pairs = plan.tree.num_nodes, int(plan.tree.depth.sum())
     return Capacity(tuple(launches), partials, max(room(num_nodes), 1), max(room(pairs), room(num_nodes)))
@@ -84,9 +105,10 @@ def fitted(plan: WorkPlan, capacity: Capacity) -> WorkPlan:
     launches = []
     for tile, heads, items in capacity.launches:
         table = np.zeros((items, len(ITEM_COLUMNS)), np.int32)
-        if tile in used:
-            table[: used[tile].items.shape[0]] = used[tile].items
-        launches.append(Launch(tile, heads, table))
+        count = used[tile].items.shape[0] if tile in used else 0
+        if count:
+            table[:count] = used[tile].items
+        launches.append(Launch(tile, heads, table, num_items=np.full(1, count, np.int32)))
     merge_indices = np.zeros(capacity.partials, np.int32)
     merge_indices[: work.num_partials] = work.merge_indices
     work = replace(

@@ -193,7 +193,7 @@ def explanation(plan: WorkPlan, runs_tiles: bool = True) -> Explanation:
         target = H200
         segments, tiles = find_segments(
             plan.tree, plan.kv_lens, plan.queries, plan.heads, target, plan.batch_invariant,
-            specialised=plan.specialised, page_size=plan.page_size,
+            reserved=plan.reserved, page_size=plan.page_size,
         )  # fmt: skip
     return _explanation(plan.tree, plan.kv_lens, segments, tiles, plan.heads, plan.queries, target)
 

@@ -14,6 +14,7 @@ from hydragen.queries import Heads, Queries
 from hydragen.ragged import changes, descending, expand, offsets, ranges
 from hydragen.runs import Runs
 from hydragen.tiles import Tile
+from hydragen.warp_tiles import WARP_ROWS
 
 # The columns of the work table, as kernels/attend.py reads them.
 ITEM_COLUMNS = (
@@ -31,13 +32,15 @@ _TOK_BEGIN, _NUM_TOK, _ROW_BEGIN, _DEST, _NUM_SEGMENTS, _LINK_BEGIN = range(5, 1
 class Launch:
     """All work of one kind of tile: one launch of `items` x num_kv_heads / `heads` programs.
 
-    `links` has rows if some item has more than two segments.
+    `links` has rows if some item has more than two segments; `num_items` an element if only so many items
+    are in use, and the others room for another tree.
     """
 
     tile: Tile
     heads: int
     items: NDArray[np.int32]
     links: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, len(LINK_COLUMNS)), np.int32))
+    num_items: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def has_runs(self) -> bool:
@@ -110,14 +113,20 @@ def lay_out_work(
     order = descending(tile_of, pieces.num_keys)
     block_m = np.array([tile.block_m for tile in tiles])[segments.tile]
     blocks = -(-segments.num_tok * (segments.heads * heads.group_size) // block_m)
+    # A tile of one warp knows no blocks of an item's rows: more tokens than it has columns for are items of
+    # their own.
+    alone = np.array([tile.warp is not None for tile in tiles])[segments.tile]
+    most = max(1, WARP_ROWS // heads.group_size)
+    blocks = np.where(alone, -(-segments.num_tok // most), blocks)
     which, block = expand(blocks[split_of[order]])
     source = order[which]
     run = split_of[source]
     columns = np.empty((len(ITEM_COLUMNS), which.size), np.int32)
-    columns[_TOK_BEGIN] = segments.tok_begin[run]
-    columns[_NUM_TOK] = segments.num_tok[run]
-    columns[_ROW_BEGIN] = block * block_m[run]
-    columns[_DEST] = partials_before[source]
+    before = np.where(alone[run], block * most, 0)
+    columns[_TOK_BEGIN] = segments.tok_begin[run] + before
+    columns[_NUM_TOK] = np.where(alone[run], np.minimum(num_tok[source] - before, most), num_tok[source])
+    columns[_ROW_BEGIN] = np.where(alone[run], 0, block * block_m[run])
+    columns[_DEST] = partials_before[source] + before
     links = _fill_pieces(columns, pieces, nodes, order, which)
     table = columns.T.copy()
     launches = []

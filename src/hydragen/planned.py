@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hydragen.backends import Backend
 from hydragen.backends.tokens import replace_constants
-from hydragen.capacity import Capacity, capacity_for, fitted
+from hydragen.capacity import Capacity, capacity_for, fitted, lasting_tiles
 from hydragen.explain import Explanation, explanation
 from hydragen.handles import NotCopied, new_handle
 from hydragen.kv import KV
@@ -17,6 +19,7 @@ from hydragen.ops import implement_run, run_in_graph
 from hydragen.plan_state import PlanState, lasting
 from hydragen.runner import Runner
 from hydragen.target import target_of
+from hydragen.tiles import Tile
 from hydragen.transforms import check_no_transform
 from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
@@ -56,13 +59,14 @@ class Plan(NotCopied):
     ) -> None:
         self._planned, self._backend = planned, backend
         self._batch_invariant = batch_invariant
-        self._specialised = reserve <= 1
+        self._reserved = reserve > 1
         self._capacity: Capacity | None = None
         self._lens_given = len(lens.on_device) > 0
         self._work = self._make_work(planned, lens)
-        if reserve > 1:
-            self._capacity = capacity_for(self._work, reserve)
-            self._work = self._make_work(planned, lens)
+        if self._reserved:
+            again = self._make_work(planned, lens, lasting_tiles(self._work))
+            self._capacity = capacity_for(again, reserve)
+            self._work = fitted(again, self._capacity)
         with torch.inference_mode(False):  # what a plan owns outlives the mode in which it is made
             backend.prepare(self._work, self._device)
         self._state = PlanState(planned, self._work, lens, reserve)
@@ -247,22 +251,12 @@ class Plan(NotCopied):
         options = (scale, causal, window, softcap, return_lse, out_dtype)
         return self._runner.run(self._planned, self._work, self._state, q, kv, sinks, options)
 
-    def _make_work(self, planned: Planned, lens: KVLens) -> WorkPlan:
-        capacity = self._capacity
-        work = make_work_plan(
-            planned.tree,
-            planned.nodes,
-            lens.planned,
-            self._lens_given or capacity is not None,
-            planned.rows.starts,
-            planned.rows.lens,
-            planned.heads,
-            target_of(self._device),
-            self._batch_invariant,
-            None if capacity is None else capacity.heads,
-            specialised=self._specialised,
-        )
-        return work if capacity is None else fitted(work, capacity)
+    def _make_work(self, planned: Planned, lens: KVLens, tiles: Mapping[Tile, int] | None = None) -> WorkPlan:
+        rows, may_grow = planned.rows, self._lens_given or self._reserved
+        return make_work_plan(
+            planned.tree, planned.nodes, lens.planned, may_grow, rows.starts, rows.lens, planned.heads,
+            target_of(self._device), self._batch_invariant, tiles, self._reserved,
+        )  # fmt: skip
 
     def _change_tree(self, tree: PrefixTree, kv: KV | None, kv_lens: object, validate: bool) -> None:
         planned, device = self._planned, self._device
@@ -276,7 +270,10 @@ class Plan(NotCopied):
         tables = planned.tables if kv is None else tables_of(kv)
         changed = planned._replace(tree=tree, nodes=nodes, tables=tables)
         # these two raise if there is no room: nothing has changed until here
-        work = self._make_work(changed, lens)
+        if self._capacity is None:
+            work = self._make_work(changed, lens)
+        else:
+            work = fitted(self._make_work(changed, lens, self._capacity.tiles), self._capacity)
         if nodes.pages is not None and kv is not None:
             self._state.set_pages(nodes.pages.indices)
         work.uploads.update(lasting(self._work.uploads))

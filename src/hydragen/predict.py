@@ -27,6 +27,7 @@ _SPECIAL = {
     "wide+1": (0.84, 0.14),
     "narrow+2": (0.55, 0.09),
     "single": (0.42, 0.0),
+    "64": (0.55, 0.09),  # as narrow+2, which it is but for its maxima
     "256": (0.5, 0.65),  # from two shapes
 }
 

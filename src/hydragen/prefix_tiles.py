@@ -69,8 +69,9 @@ class PrefixTile:
 PREFIX_TILES: dict[str, PrefixTile] = {
     "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: none
     "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 63]: 1, 4
-    "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # [25,600; 98]: 2, 7
+    "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, lazy=True, beside=2),  # [25,600; 98]: 2, 7
     "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: 2, 9; or a second one of its own
+    "64": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # for head_dim 64
     "256": PrefixTile(64, 2, 1, 168, 240, q_shared=True),  # for head_dim 256: [22,528; 63], none
 }
 
@@ -85,12 +86,21 @@ WIDE_SHARE, _FREE_SHARE = 0.85, 1.5
 
 
 # Page sizes with which the specialised tiles have been measured: the plain ones have the others.
-MEASURED_PAGES: frozenset[int] = frozenset()
+MEASURED_PAGES = frozenset({16, 32, 64, 128, 256})
 
 
 def reads_pages(page_size: int) -> bool:
     """Return whether specialised tiles serve pools of such pages; 0: no pages."""
     return page_size == 0 or page_size in MEASURED_PAGES
+
+
+def tile_for_causal(tile: PrefixTile) -> PrefixTile:
+    """Return the tile that serves calls in which rows do not see all keys.
+
+    Of those with two consumers the fastest alone has registers for it. That it leaves no room is no loss:
+    masked programs of the plain suffix tile fit beside none (docs/experiments.md, 43).
+    """
+    return replace(PREFIX_TILES["wide"], persistent=tile.persistent) if tile.consumers == 2 else tile
 
 
 def min_rows(head_dim: int) -> int:
@@ -133,7 +143,7 @@ def prefix_tile_for(
     if head_dim == 256:
         return PREFIX_TILES["256"]  # the only one that fits
     if head_dim == 64:
-        return replace(PREFIX_TILES["narrow+2"], persistent=True)
+        return replace(PREFIX_TILES["64"], persistent=True)
     if traffic < _NO_TRAFFIC:
         name = "wide"
     elif num_blocks <= num_sms // (8 if traffic < LITTLE_TRAFFIC else 4):

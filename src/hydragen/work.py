@@ -40,8 +40,8 @@ def find_segments(
     heads: Heads,
     target: Target,
     batch_invariant: bool,
-    fixed_heads: Mapping[Tile, int] | None = None,
-    specialised: bool = True,
+    fixed: Mapping[Tile, int] | None = None,
+    reserved: bool = False,
     page_size: int = 0,
 ) -> tuple[Segments, tuple[Tile, ...]]:
     """Return what there is to attend to, with a tile and a split size for each run of segments.
@@ -51,11 +51,16 @@ def find_segments(
     tree : PrefixTree
     kv_lens : int64 [num_nodes]
         Keys in each node, or its capacity where the length lives on the device.
+    fixed : tiles by rising rows, and the KV heads per program of each
+        The only ones to choose from, if given.
+    reserved : bool
+        Other trees may follow: every node is a segment of its own.
     page_size : int
         Tokens of a page, 0 without pages.
     """
     tiles = tiles_for(target, heads.head_dim, heads.head_dim_v, heads.itemsize)
-    joins = fixed_heads is None and specialised and not batch_invariant
+    tiles = tiles if fixed is None else tuple(fixed)
+    joins = not reserved and fixed is None and not batch_invariant
     small = joins and is_small(tree, kv_lens, queries, heads, few_tile(tiles), target)
     if small:
         tiles = (few_tile(tiles), *tiles[1:])
@@ -66,14 +71,14 @@ def find_segments(
     tile = choose_tiles(rows, tiles, batch_invariant)
     all_keys = int(kv_len.sum())
     sizes = (heads.num_kv_heads, heads.head_dim, heads.head_dim_v, heads.itemsize)
-    if len(tiles) > 2 and not batch_invariant:
+    if len(tiles) > 2 and not batch_invariant and tiles[-1].prefix is None:
         largest = (tile == len(tiles) - 1).nonzero()[0]
         if largest.size:
             blocks = -(-rows[largest] // tiles[-2].block_m) * heads.num_kv_heads
             seconds = at_peak(all_keys, kv_len, rows, largest, sizes, target)
             if prefer_medium(kv_len[largest], blocks, *seconds, target):
                 tile[largest] -= 1
-    if not batch_invariant and specialised and reads_pages(page_size):
+    if not batch_invariant and fixed is None and reads_pages(page_size):
         tiles, tile = specialise(tiles, tile, all_keys, kv_len, rows, sizes, target)
         if not small and runs.links.size == runs.node.size:
             tiles = with_warp(tiles, tile, all_keys, kv_len, rows, sizes, target)
@@ -85,8 +90,8 @@ def find_segments(
     for index in used:
         chosen = (tile == index).nonzero()[0]
         tokens, keys = num_tok[chosen], kv_len[chosen]
-        if fixed_heads is not None:
-            shared = fixed_heads[tiles[index]]
+        if fixed is not None:
+            shared = fixed[tiles[index]]
         elif batch_invariant:
             shared = 1  # how many rows share a tile is a matter of the others
         else:
@@ -150,8 +155,8 @@ class WorkPlan:
         No row's bits depend on the other rows.
     room : (nodes, pairs of a node and an ancestor), or None
         The tables on devices have room for so many, to be replaced in place when the tree changes.
-    specialised : bool
-        Specialised tiles may serve it.
+    reserved : bool
+        Other trees may follow, in these tiles.
     page_size : int
         Tokens of a page, 0 without pages.
     uploads : dict
@@ -167,7 +172,7 @@ class WorkPlan:
     target: Target
     batch_invariant: bool
     room: tuple[int, int] | None = None
-    specialised: bool = True
+    reserved: bool = False
     page_size: int = 0
     uploads: dict[Any, Any] = field(default_factory=dict)
 
@@ -182,24 +187,23 @@ def make_work_plan(
     heads: Heads,
     target: Target,
     batch_invariant: bool,
-    fixed_heads: Mapping[Tile, int] | None = None,
-    specialised: bool = True,
+    fixed: Mapping[Tile, int] | None = None,
+    reserved: bool = False,
 ) -> WorkPlan:
     """Plan one attention call; capacities stand in for lengths that live on the device.
 
-    With `fixed_heads`, the KV heads per program of each tile, the plan launches kernels that have been chosen
-    already: they leave partials for a merge. Without `specialised` the plain tile serves all: a launch of the
-    specialised one is bound to levels of KV, and another tree may need others.
+    With `fixed`, tiles and the KV heads per program of each, the plan launches kernels that have been chosen
+    already, for this tree or for another: they leave partials for a merge.
     """
     queries, page_size = Queries.of(tree, q_starts, q_lens), 0 if nodes.pages is None else nodes.pages.size
     segments, tiles = find_segments(
-        tree, kv_lens, queries, heads, target, batch_invariant, fixed_heads, specialised, page_size
+        tree, kv_lens, queries, heads, target, batch_invariant, fixed, reserved, page_size
     )
     # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
     # whether all rows have one partial is a matter of the others.
-    may_be_final = fixed_heads is None and not batch_invariant
+    may_be_final = fixed is None and not batch_invariant
     work = lay_out_work(nodes, kv_lens, queries, segments, tiles, heads, may_be_final)
     return WorkPlan(
-        tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant, None, specialised,
+        tree, heads, queries, kv_lens, lens_on_device, work, target, batch_invariant, None, reserved,
         page_size,
     )  # fmt: skip

@@ -57,6 +57,14 @@ PAGED = [
 ]
 
 
+# plans with room for other trees
+RESERVED = [
+    *(f"32/8 B{batch} P4096 S128" for batch in (64, 256, 1024)),
+    "32/8 B256 P4096 S128 pages16",
+    "32/8 1x4096>8x1024>256x256",
+]
+
+
 @contextmanager
 def with_warp(tile: WarpTile | None) -> Iterator[None]:
     """Let a tile serve every launch that the library would give to one of its kind."""
@@ -96,6 +104,16 @@ def main() -> None:
             with set_to(prefix_tiles, "MEASURED_PAGES", sizes):
                 plan = problem.plan()
                 graphs[variant], out = checked(timer, problem, plan, variant)
+            held.append((plan, out))
+        say_times(problem, sample(timer, graphs))
+    for name in RESERVED:
+        if not re.search(pattern, f"reserved {name}"):
+            continue
+        problem = Problem.of(shape(name))
+        graphs, held = {}, []
+        for reserve in (1.0, 1.01, 2.0):
+            plan = problem.plan(reserve=reserve)
+            graphs[f"reserve={reserve}"], out = checked(timer, problem, plan, str(reserve))
             held.append((plan, out))
         say_times(problem, sample(timer, graphs))
 

@@ -45,20 +45,23 @@ def special_launcher(
     """
     pages = call.nodes.pages
     page_size = 0 if pages is None else pages.size
-    tile = special_tile(launch, page_size)
+    tile = special_tile(launch, tokens, page_size)
     if tile is None or WHY_NOT is not None:
         raise ValueError(
             f"launch.tile must have a specialised tile that this Triton knows, got {launch.tile} for pages "
             f"of {page_size} ({WHY_NOT}); launch the plain one"
         )
     q, heads, options, final = call.q, plan.heads, call.options, plan.work.final
-    levels, strides = levels_of(launch), (call.nodes.k_strides, call.nodes.v_strides)
+    levels, strides = levels_of(launch, call), (call.nodes.k_strides, call.nodes.v_strides)
     num_items = launch.items.shape[0]
     programs = num_tasks = num_items * heads.num_kv_heads
     own: tuple[int, ...]
     if isinstance(tile, PrefixTile):
         kernel, first = attend_prefix, num_tasks
-        programs = tile.num_programs(num_tasks, plan.target.num_sms)
+        if plan.reserved:  # how many tasks there are is a matter of the tree
+            programs = min(num_tasks, plan.target.num_sms) if tile.persistent else num_tasks
+        else:
+            programs = tile.num_programs(num_tasks, plan.target.num_sms)
         own = (tile.num_stages, tile.consumers, tile.consumer_registers, tile.q_shared, tile.lazy)
     else:
         kernel, first, own = attend_rows, 0, (tile.k_stages, tile.v_stages)
@@ -89,9 +92,12 @@ def special_launcher(
         pdl,  # PDL
         len(levels),  # NUM_LEVELS
         page_size,
+        plan.reserved,
+        *((tokens.q_pos is not None,) if isinstance(tile, PrefixTile) else ()),  # CAUSAL
     )
     warps = 4 if isinstance(tile, PrefixTile) else 1
     how = {"num_warps": warps, "maxnreg": tile.registers, "launch_pdl": pdl and waits}
     launcher = Launcher(kernel, (programs, 1, 1), numbers, constants, how, kinds)
     boxes = box(tile, heads.head_dim, page_size), box(tile, heads.head_dim_v, page_size)
-    return TmaLauncher(launcher, plain, levels, boxes, strides)
+    positions = isinstance(tile, PrefixTile)
+    return TmaLauncher(launcher, plain, levels, boxes, strides, plan.reserved, positions)

@@ -49,6 +49,11 @@ class TmaLauncher:
         The levels of KV that it reads.
     boxes : (keys, elements of a row) that the kernel fetches at once, of k and of v
     strides : (strides of k, strides of v), of every level
+    reserved : bool
+        Other trees may follow, under a captured graph too: they may use more of the memory that the tensors
+        lie in.
+    positions : bool
+        The kernel takes the positions of queries and keys.
     """
 
     def __init__(
@@ -58,41 +63,56 @@ class TmaLauncher:
         levels: tuple[int, ...],
         boxes: tuple[tuple[int, int], tuple[int, int]],
         strides: tuple[tuple[Strides, ...], tuple[Strides, ...]],
+        reserved: bool,
+        positions: bool,
     ) -> None:
         self.launcher = launcher
+        self._reserved, self._positions = reserved, positions
         self._plain, self._levels, self._boxes, self._strides = plain, levels, boxes, strides
         self._none = (None,) * (MOST_LEVELS - len(levels))
-        self._fields: dict[tuple[int, int, torch.Size], dict[str, Any]] = {}
+        self._fields: dict[tuple[int, int, torch.Size, int], dict[str, Any]] = {}
 
     def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
-        """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them."""
-        q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, token, _, _, kv_lens, pages = tensors
+        """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them, then the number of
+        items in use, which may be empty.
+        """
+        q, ks, vs, *results, sinks, items, _, token, q_pos, kv_start, kv_lens, pages, count = tensors
         if not all(aligned):
             used = [x for levels in (ks, vs) for x in (levels[level] for level in self._levels)]
             if not all(alignment(tuple(used))):
-                self._plain(tensors, aligned)
+                self._plain(tensors[:-1], aligned)
                 return
         descriptors: list[Any] = [q]
         for side, levels in enumerate((ks, vs)):
             for level in self._levels:
                 x = levels[level]
-                fields = self._fields.get((side, level, x.shape)) or self._describe(side, level, x)
+                room = 0
+                if self._reserved:
+                    room = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
+                fields = self._fields.get((side, level, x.shape, room))
+                fields = fields or self._describe(side, level, x, room)
                 # Making one anew checks for microseconds what cannot have changed.
                 described = object.__new__(TensorDescriptor)
                 described.__dict__ = {**fields, "base": x}
                 descriptors.append(described)
             descriptors += self._none
-        buffers = (out, lse, part_out, part_lse, sinks, items, token, kv_lens, pages)
-        self.launcher((*descriptors, *buffers), aligned)
+        positions = (q_pos, kv_start) if self._positions else ()
+        ints = (items, count, token, *positions, kv_lens, pages)
+        self.launcher((*descriptors, *results, sinks, *ints), aligned)
 
-    def _describe(self, side: int, level: int, x: Tensor) -> dict[str, Any]:
-        """Describe k (0) or v (1) of a level as [keys of all slots or pages, num_kv_heads * head_dim]."""
+    def _describe(self, side: int, level: int, x: Tensor, room: int) -> dict[str, Any]:
+        """Describe k (0) or v (1) of a level as [keys of all slots or pages, num_kv_heads * head_dim].
+
+        `room`: elements from its first to the end of its memory, if all of them may be used; else 0.
+        """
         slot, row, head, _ = self._strides[side][level]
         tokens = x.shape[-3]
         rows = tokens if x.dim() == 3 or x.shape[0] == 1 else (x.shape[0] - 1) * (slot // row) + tokens
-        shape, block = [rows, x.shape[-2] * head], list(self._boxes[side])
+        width = x.shape[-2] * head
+        rows = (room - width) // row + 1 if room else rows
+        shape, block = [rows, width], list(self._boxes[side])
         fields = dict(vars(TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)), base=None)
-        self._fields[side, level, x.shape] = fields
+        self._fields[side, level, x.shape, room] = fields
         return fields
 
 
@@ -104,27 +124,29 @@ def can_fetch(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch, fold_s
     nodes, heads = call.nodes, plan.heads
     if WHY_NOT is not None or plan.target.arch != 90:
         return False
-    if not fold_scale or tokens.q_pos is not None:
+    if not fold_scale or call.q.stride(-1) != 1:
         return False
-    if call.q.stride(-1) != 1:
+    if tokens.q_pos is not None and (launch.tile.prefix is None or call.options.window is not None):
         return False
     size = 0 if nodes.pages is None else nodes.pages.size
-    if not prefix_tiles.reads_pages(size) or special_tile(launch, size) is None:
+    if not prefix_tiles.reads_pages(size) or special_tile(launch, tokens, size) is None:
         return False
-    levels = levels_of(launch)
+    levels = levels_of(launch, call)
     sides = ((nodes.k_strides, heads.head_dim), (nodes.v_strides, heads.head_dim_v))
     return len(levels) <= MOST_LEVELS and all(
         _describable(strides[level], size, heads, nodes, level) for level in levels for strides, size in sides
     )
 
 
-def special_tile(launch: Launch, page_size: int) -> PrefixTile | WarpTile | None:
+def special_tile(launch: Launch, tokens: Tokens, page_size: int) -> PrefixTile | WarpTile | None:
     """Return the specialised tile that serves a launch; None if pages of this size do not fit any.
 
     Boxes are of whole groups of 8 keys, as shared memory is laid out, and of one page each; the tile of one
     warp fetches a step at once.
     """
     prefix, warp = launch.tile.prefix, launch.tile.warp
+    if prefix is not None and tokens.q_pos is not None:
+        prefix = prefix_tiles.tile_for_causal(prefix)
     if page_size == 0:
         return prefix or warp
     if prefix is not None:
@@ -141,8 +163,10 @@ def box(tile: PrefixTile | WarpTile, head_dim: int, page_size: int) -> tuple[int
     return min(tile.block_n, page_size), 64
 
 
-def levels_of(launch: Launch) -> tuple[int, ...]:
-    """Return the levels of KV that a launch reads, rising."""
+def levels_of(launch: Launch, call: Call) -> tuple[int, ...]:
+    """Return the levels of KV that a launch reads, rising: all, if other trees may follow."""
+    if launch.num_items.size:
+        return tuple(range(len(call.nodes.k)))
     return tuple(np.unique(launch.items[:, ITEM_COLUMNS.index("level")]).tolist())
 
 

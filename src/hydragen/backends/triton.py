@@ -39,11 +39,11 @@ class _Workspace(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """A plan's tables on a device: items and links of each launch, every token's partials; and an lse of no
-    elements.
+    """A plan's tables on a device: items, links and the number of items of each launch, every token's
+    partials; and an lse of no elements.
     """
 
-    items: tuple[tuple[Tensor, Tensor], ...]
+    items: tuple[tuple[Tensor, Tensor, Tensor], ...]
     merge_indptr: Tensor
     merge_indices: Tensor
     no_lse: Tensor
@@ -77,9 +77,10 @@ class Ready:
             any_ints if tokens.kv_lens is None else tokens.kv_lens,
             any_ints if pages is None else pages.indices,
         )
-        self._attends = [
-            (launch, (*items, *ints)) for launch, items in zip(attends, tables.items, strict=True)
-        ]
+        self._attends = []
+        for launch, (items, links, num_items) in zip(attends, tables.items, strict=True):
+            count = (num_items,) if isinstance(launch, TmaLauncher) else ()
+            self._attends.append((launch, (items, links, *ints, *count)))
         self._merge_ints = (tables.merge_indptr, tables.merge_indices, token)
         self._ints_aligned = alignment((tokens.kv_lens, ints[-1]))
 
@@ -169,7 +170,7 @@ def _tables(plan: WorkPlan, device: torch.device) -> _Tables:
     if found is None:
         uploaded = Uploaded(_table_arrays(plan), device)
         *parts, indptr, indices = uploaded.parts
-        items = zip(parts[::2], parts[1::2], strict=True)
+        items = zip(parts[::3], parts[1::3], parts[2::3], strict=True)
         no_lse = torch.empty(0, dtype=torch.float32, device=device)
         found = plan.uploads["tables", device] = (uploaded, _Tables(tuple(items), indptr, indices, no_lse))
     return found[1]
@@ -177,8 +178,8 @@ def _tables(plan: WorkPlan, device: torch.device) -> _Tables:
 
 def _table_arrays(plan: WorkPlan) -> list[NDArray[np.int32]]:
     work = plan.work
-    tables = (table for launch in work.launches for table in (launch.items, launch.links))
-    return [*tables, work.merge_indptr, work.merge_indices]
+    tables = ((launch.items, launch.links, launch.num_items) for launch in work.launches)
+    return [*(table for three in tables for table in three), work.merge_indptr, work.merge_indices]
 
 
 def _launchers(

@@ -48,10 +48,17 @@ def fetch(desc, row, column, ring, full, empty, block, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def page_row(pages_ptr, num_pages, position, page_rows, PAGE_SIZE: gl.constexpr):
-    """The row of a pool that holds the key at `position`; page numbers are clamped as in kernels/block.py."""
-    page = gl.load(pages_ptr + position // PAGE_SIZE)
-    return gl.minimum(gl.maximum(page, 0), num_pages - 1) * page_rows + position % PAGE_SIZE
+def page_of(pages_ptr, num_pages, position, PAGE_SIZE: gl.constexpr):
+    """The page that holds the key at `position`, clamped as in kernels/block.py."""
+    return gl.minimum(gl.maximum(gl.load(pages_ptr + position // PAGE_SIZE), 0), num_pages - 1)
+
+
+@gluon.jit
+def page_row(pages, position, last, page_rows, PAGE_SIZE: gl.constexpr):
+    """The row of a pool that holds the key at `position`, or a segment's `last` key if that is before it."""
+    pages_ptr, num_pages = pages
+    position = gl.minimum(position, last)
+    return page_of(pages_ptr, num_pages, position, PAGE_SIZE) * page_rows + position % PAGE_SIZE
 
 
 @gluon.jit
@@ -60,20 +67,30 @@ def fetch_pages(
     PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """As `fetch`, keys from `position` on; behind the segment's `last` key rows of its page again."""
-    pages_ptr, num_pages = pages
     BLOCK_N: gl.constexpr = ring.shape[1]
     SIZE: gl.constexpr = ring.shape[2]
     KEYS: gl.constexpr = desc.block_type.shape[0]
     COLUMNS: gl.constexpr = desc.block_type.shape[1]
+    BOXES: gl.constexpr = BLOCK_N // KEYS
+    # known before the slot is free, as many as there are registers for
+    first = (
+        page_row(pages, position, last, page_rows, PAGE_SIZE),
+        page_row(pages, position + 1 % BOXES * KEYS, last, page_rows, PAGE_SIZE),
+        page_row(pages, position + 2 % BOXES * KEYS, last, page_rows, PAGE_SIZE),
+        page_row(pages, position + 3 % BOXES * KEYS, last, page_rows, PAGE_SIZE),
+    )
     wait_for(empty, block, 1, STAGES)
     slot = block % STAGES
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes * (BLOCK_N // KEYS) * (SIZE // COLUMNS))
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes * BOXES * (SIZE // COLUMNS))
     # as it lies in shared memory; Gluon has no public name for this
     parts = ring.index(slot)._reinterpret(  # noqa: SLF001
         desc.dtype, [SIZE // COLUMNS, BLOCK_N, COLUMNS], desc.layout
     )
-    for i in gl.static_range(BLOCK_N // KEYS):
-        row = page_row(pages_ptr, num_pages, gl.minimum(position + i * KEYS, last), page_rows, PAGE_SIZE)
+    for i in gl.static_range(BOXES):
+        if i < 4:
+            row = first[i]
+        else:
+            row = page_row(pages, position + i * KEYS, last, page_rows, PAGE_SIZE)
         for j in gl.static_range(SIZE // COLUMNS):
             box = parts.index(j).slice(i * KEYS, KEYS, dim=0)
             tma.async_copy_global_to_shared(desc, [row, column + j * COLUMNS], full.index(slot), box)
@@ -142,7 +159,7 @@ def produce(
     A descriptor is of one tensor and cannot be chosen at run time: there is code for each level.
     """
     k_descs, v_descs, levels, k_slot_rows, v_slot_rows, pages = descs
-    items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _ = work
+    items_ptr, _, kv_lens_ptr, num_tasks, num_items, _, _, _ = work
     BLOCK_N: gl.constexpr = SIZES[4]
     done = 0  # blocks of earlier tasks
     for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):

@@ -36,3 +36,16 @@ def places(
         token = gl.load(columns + 8) + local
     row = token.to(gl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
     return gl.where(token < 0, -1, row)
+
+
+@gluon.jit
+def keys_seen(
+    columns, positions, end, WHICH: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+):  # fmt: skip
+    """How many keys from the item's first on its rows WHICH * COUNT, ... see: those up to their positions."""
+    q_pos_ptr, kv_start_ptr = positions
+    rows = gl.load(columns + 7) + WHICH * COUNT + gl.arange(0, COUNT, layout=gl.SliceLayout(1, LAYOUT))
+    local = gl.minimum(rows // GROUP_SIZE, gl.load(columns + 6) - 1)
+    seen = gl.load(q_pos_ptr + gl.load(columns + 5) + local) + 1 - gl.load(kv_start_ptr + gl.load(columns))
+    return gl.maximum(gl.minimum(seen, end) - gl.load(columns + 3), 0)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .fetch_sm90 import locate, page_row
+from .fetch_sm90 import locate, page_of
 from .primitives import LN_2, LOG2_E, LOWEST, RESCALE, total_and_lse
 from .rows_sm90 import places, query_rows
 
@@ -42,12 +42,21 @@ def ask(descs, level, levels, row, column, ring, full, block, STAGES: gl.constex
 
 
 @gluon.jit
-def block_row(block, first_row, place, page_rows, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """The row at which block number `block` of a segment begins; of pages past the last key, that key's."""
+def block_page(block, place, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The page that block number `block` of a segment lies in; past the last key, that key's."""
     begin, last, pages_ptr, num_pages = place
+    page = 0
     if PAGE_SIZE > 0:
-        position = gl.minimum(begin + block * BLOCK_N, last)
-        row = page_row(pages_ptr, num_pages, position, page_rows, PAGE_SIZE)
+        page = page_of(pages_ptr, num_pages, gl.minimum(begin + block * BLOCK_N, last), PAGE_SIZE)
+    return page
+
+
+@gluon.jit
+def block_row(block, page, first_row, place, page_rows, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The row at which block number `block` of a segment begins; of pages past the last key, that key's."""
+    begin, last, _, _ = place
+    if PAGE_SIZE > 0:
+        row = page * page_rows + gl.minimum(begin + block * BLOCK_N, last) % PAGE_SIZE
     else:
         row = first_row + block * BLOCK_N
     return row
@@ -96,16 +105,25 @@ def raise_maximum(acc, running_max, running_sum, scores, scale_log2):
 
 
 @gluon.jit
+def wait_if_last(PDL: gl.constexpr):
+    """The merge waits for the launch before it only: so no launch may end before the one before it has."""
+    if PDL:
+        if gl.program_id(0) == gl.num_programs(0) - 1:
+            gdc_wait()
+
+
+@gluon.jit
 def attend_rows(
     q_ptr, k_desc, k_desc_1, k_desc_2, k_desc_3, v_desc, v_desc_1, v_desc_2, v_desc_3,
     out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
-    items_ptr, q_token_ptr, kv_lens_ptr, pages_ptr,
+    items_ptr, num_items_ptr, q_token_ptr, kv_lens_ptr, pages_ptr,
     zero, num_items, num_pages, q_len, levels, k_slot_rows, v_slot_rows, scale_log2,
     stride_qb, stride_qt, stride_qh,
     GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr, FINAL: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_LSE: gl.constexpr, PDL: gl.constexpr, NUM_LEVELS: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    RESERVED: gl.constexpr,
 ):  # fmt: skip
     """Attend item program_id // NUM_KV_HEADS, of at most ROWS rows, for one KV head.
 
@@ -117,6 +135,10 @@ def attend_rows(
     if PDL:
         # The next launch may take what room this one leaves, as soon as all of this one is placed.
         gdc_launch_dependents()
+    if RESERVED:
+        if gl.program_id(0) >= gl.load(num_items_ptr) * NUM_KV_HEADS:
+            wait_if_last(PDL)
+            return
     DTYPE: gl.constexpr = k_desc.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
@@ -155,11 +177,12 @@ def attend_rows(
     place = (begin, gl.maximum(end - 1, begin), pages_ptr + slot, num_pages)
     for i in gl.static_range(max(K_STAGES, V_STAGES)):
         if i < blocks:
+            page = block_page(i, place, BLOCK_N, PAGE_SIZE)
             if i < K_STAGES:
-                row = block_row(i, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
+                row = block_row(i, page, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
                 ask(k_descs, level, levels, row, k_column, k_ring, k_full, i, K_STAGES, NUM_LEVELS)
             if i < V_STAGES - 1:
-                row = block_row(i, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
+                row = block_row(i, page, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
                 ask(v_descs, level, levels, row, v_column, v_ring, v_full, i, V_STAGES, NUM_LEVELS)
 
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, RIGHT))
@@ -174,10 +197,17 @@ def attend_rows(
     running_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(0, MMA))
     # of each of a thread's keys apart: their sum is taken once, at the end
     running_sum = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=MMA)
+    # values are asked for a step after the keys of the same page, or in the same step
+    gl.static_assert(V_STAGES - 1 == K_STAGES or V_STAGES == K_STAGES)
+    v_page = block_page(V_STAGES - 1, place, BLOCK_N, PAGE_SIZE)
     for block in range(whole):
         # of pages the number is on its way while this block is waited for
-        next_k = block_row(block + K_STAGES, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
-        next_v = block_row(block + V_STAGES - 1, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
+        k_page = block_page(block + K_STAGES, place, BLOCK_N, PAGE_SIZE)
+        if V_STAGES > K_STAGES:
+            v_page = k_page
+        next_k = block_row(block + K_STAGES, k_page, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
+        next_v = block_row(block + V_STAGES - 1, v_page, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
+        v_page = k_page
         mbarrier.wait(k_full.index(block % K_STAGES), (block // K_STAGES) & 1)
         scores = scores_of(k_ring.index(block % K_STAGES), q, MMA, LEFT)
         logits = scores * scale_log2 - running_max[None, :]
@@ -241,7 +271,4 @@ def attend_rows(
         gl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
     else:
         gl.store(part_out_ptr + offs, out, mask=row_ok[:, None])
-    if PDL:
-        # The merge waits for the launch before it only: so no launch may end before the one before it has.
-        if gl.program_id(0) == gl.num_programs(0) - 1:
-            gdc_wait()
+    wait_if_last(PDL)
