@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile, tile_for_causal
 from hydragen.target import Target
@@ -32,7 +32,7 @@ SPECIAL_VARIANTS: dict[str, dict[str, int]] = {
     "decode": {},
     "four levels": {"NUM_LEVELS": 4},
     "one partial": {"FINAL": True, "HAS_SINKS": True, "HAS_LSE": True},
-    "gathered": {"GATHER_Q": True, "HAS_LENS": True},
+    "gathered": {"GATHER_Q": True, "HAS_LENS": True, "HAS_LSE": True, "HAS_SINKS": True},
     "pages": {"PAGE_SIZE": 32, "HAS_LENS": True},
     "reserved": {"NUM_LEVELS": 2, "HAS_LENS": True, "RESERVED": True},
     "reserved pages": {"PAGE_SIZE": 16, "HAS_LENS": True, "GATHER_Q": True, "RESERVED": True},
@@ -76,7 +76,9 @@ class Case:
         elif isinstance(tile, PrefixTile):
             shape = f"prefix {next(name for name, other in PREFIX_TILES.items() if other == tile)}"
         elif isinstance(tile, WarpTile):
-            shape = f"warp {next(name for name, other in WARP_TILES.items() if other == tile)}"
+            plain = replace(tile, merges=False)
+            shape = f"warp {next(name for name, other in WARP_TILES.items() if other == plain)}"
+            shape += ", merging" * tile.merges
         else:
             shape = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
         return f"sm_{self.arch} {self.dtype} head_dim {self.head_dim} {shape} {self.variant}"
@@ -104,9 +106,11 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
             if variant not in CAUSAL_VARIANTS or tile_for_causal(tile) == tile
         ]
         found += [
-            Case(90, dtype, head_dim, tile, variant)
+            Case(90, dtype, head_dim, replace(tile, merges=merges), variant)
             for tile in WARP_TILES.values()
             for dtype, head_dim in _SPECIAL_SIZES
             for variant in (SPECIAL_VARIANTS if dtype == "bf16" else ["decode"])
+            for merges in (False, True)
+            if not (merges and SPECIAL_VARIANTS[variant].keys() & {"FINAL", "RESERVED"})
         ]
     return found

@@ -66,7 +66,7 @@ def compile_case(case: Case) -> Any:
         }  # fmt: skip
         return _compile_special(case, case.tile, attend_prefix, own, 4)
     if isinstance(case.tile, WarpTile):
-        own = {"K_STAGES": case.tile.k_stages, "V_STAGES": case.tile.v_stages}
+        own = {"K_STAGES": case.tile.k_stages, "V_STAGES": case.tile.v_stages, "MERGE": case.tile.merges}
         return _compile_special(case, case.tile, attend_rows, own, 1)
     tile = case.tile
     variant = (VARIANTS | RUN_VARIANTS)[case.variant]
@@ -115,7 +115,7 @@ def _compile_special(
         "q_len": 1, "GROUP_SIZE": GROUP_SIZE, "NUM_KV_HEADS": NUM_KV_HEADS, "HEAD_DIM": case.head_dim,
         "HEAD_DIM_V": case.head_dim, "BLOCK_N": tile.block_n, "PDL": True,
     }  # fmt: skip
-    keys, columns = box(tile, case.head_dim, constants["PAGE_SIZE"])
+    keys, columns = box(tile, case.head_dim, constants["PAGE_SIZE"], tile.block_n)
     pointer, block = f"*{case.dtype}", f"{case.dtype}[{keys}, {columns}]"
     types: dict[str, Any] = {"q_ptr": pointer, "out_ptr": pointer, "sinks_ptr": pointer}
     levels = int(constants["NUM_LEVELS"])

@@ -106,7 +106,7 @@ def test_appending_is_refused_where_it_cannot_work() -> None:
         TREE, PackedKV(kv.k[:PREFIX], kv.v[:PREFIX], [0, *[PREFIX] * 6]), num_q_heads=HEADS,
         kv_lens=torch.tensor([PREFIX, 0, 0, 0, 0, 0]),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="append needs room in the node of every row"):
+    with pytest.raises(ValueError, match="append needs room in the node of some row"):
         full.append((kv.k[:PREFIX], kv.v[:PREFIX]), new, new)
 
 
@@ -131,6 +131,7 @@ def test_after_an_append_the_tree_may_become_one_without() -> None:
     kv, lens, _ = growing("packed", torch.device("cpu"))
     plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2.0)
     new = torch.zeros(BATCH, 1, KV_HEADS, DIM)
+    plan.update(lens)
     plan.append(kv, new, new)
     together = PrefixTree.from_parents(TREE.parents, row_to_node=[1, 1, 2, 3, 4])
     lens[1:] += 1
@@ -230,7 +231,7 @@ def test_writes_that_would_overlap_are_found_on_request() -> None:
 
 
 def test_nothing_has_grown_when_the_tree_changes(backend: str, device: torch.device) -> None:
-    """What a node of a new tree holds was there before: `append` writes nothing until the next update."""
+    """What a node of a new tree holds was there before: nothing is to be appended until the next update."""
     kv, lens, views = growing("levels", device)
     plan = hydragen.plan(TREE, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2, backend=backend)
     before = [suffix("levels", views, which).clone() for which in (0, 1)]
@@ -238,7 +239,8 @@ def test_nothing_has_grown_when_the_tree_changes(backend: str, device: torch.dev
     other = PrefixTree.from_levels([[PREFIX], [ROOM] * BATCH], row_to_node=[2, 1, 3, 4, 5])
     plan.update(kv_lens=lens, tree=other)
     new = [normal(BATCH, 1, KV_HEADS, DIM, seed=i, device=device) for i in range(2)]
-    plan.append(kv, *new)
+    with pytest.raises(ValueError, match="append needs an update of kv_lens alone since"):
+        plan.append(kv, *new)
     assert all(torch.equal(suffix("levels", views, which), before[which]) for which in (0, 1))
     lens[1] += 1
     plan.update(kv_lens=lens)

@@ -20,24 +20,26 @@ WIDE = replace(PREFIX_TILES["wide"], persistent=True)
 WIDE_1 = replace(PREFIX_TILES["wide+1"], persistent=True)
 NARROW = replace(PREFIX_TILES["narrow+2"], persistent=True)
 SMALL, MEDIUM, LARGE = (WARP_TILES[name] for name in ("small", "medium", "large"))
+# of few programs, which merge
+SMALL_M, MEDIUM_M = (replace(tile, merges=True) for tile in (SMALL, MEDIUM))
 SINGLE, OF_256 = PREFIX_TILES["single"], PREFIX_TILES["256"]
 # query heads, KV heads, head_dim, batch, prefix, suffix; of the prefix its tile (rows, keys a step, the
 # specialised one) and splits; of a suffix KV heads per program of the plain tile and the
 # one of a warp; the section of docs/experiments.md.
 SHARED = [
-    (32, 8, 128, 64, 4096, 128, (64, 64, SINGLE), 4, 2, MEDIUM, "10, 38"),
+    (32, 8, 128, 64, 4096, 128, (64, 64, SINGLE), 4, 2, MEDIUM_M, "10, 38, 44"),
     (32, 8, 128, 256, 16384, 128, (128, 64, WIDE_1), 2, 4, SMALL, "38"),
     (32, 32, 128, 256, 16384, 128, (128, 64, NARROW), 2, 8, MEDIUM, "38"),
     (32, 8, 128, 1024, 4096, 128, (128, 64, NARROW), 1, 4, MEDIUM, "10, 38"),
-    (32, 8, 128, 64, 16384, 128, (128, 64, WIDE_1), 8, 2, SMALL, "38"),
+    (32, 8, 128, 64, 16384, 128, (128, 64, WIDE_1), 8, 2, SMALL_M, "38, 44"),
     (32, 8, 128, 128, 8192, 128, (128, 64, WIDE_1), 4, 4, SMALL, "38"),
     (32, 8, 128, 128, 16384, 128, (128, 64, WIDE_1), 4, 4, SMALL, "38"),
-    (32, 8, 128, 64, 65536, 512, (128, 64, WIDE_1), 8, 2, SMALL, "38"),
+    (32, 8, 128, 64, 65536, 512, (128, 64, WIDE_1), 8, 2, SMALL_M, "38, 44"),
     (32, 8, 128, 256, 65536, 512, (128, 64, WIDE_1), 2, 4, SMALL, "38"),
     (8, 1, 128, 512, 8192, 128, (128, 64, WIDE_1), 4, 1, SMALL, "38"),
-    (32, 8, 128, 32, 16384, 128, (64, 64, SINGLE), 8, 1, MEDIUM, "38"),
+    (32, 8, 128, 32, 16384, 128, (64, 64, SINGLE), 8, 1, MEDIUM_M, "38"),
     (32, 8, 128, 48, 8192, 64, (128, 64, None), 8, 1, None, "33"),
-    (32, 8, 128, 64, 4096, 512, (64, 64, SINGLE), 2, 2, MEDIUM, "12, 38"),
+    (32, 8, 128, 64, 4096, 512, (64, 64, SINGLE), 2, 2, MEDIUM_M, "12, 38, 44"),
     (32, 32, 128, 64, 4096, 512, (64, 64, None), 1, 1, LARGE, "12, 38"),
     (40, 40, 128, 256, 16256, 64, (128, 64, WIDE_1), 3, 8, SMALL, "38"),
     (40, 40, 128, 256, 16256, 128, (128, 64, NARROW), 3, 8, MEDIUM, "38"),

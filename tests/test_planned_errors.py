@@ -95,7 +95,7 @@ def test_wrong_updates_are_refused() -> None:
         (fixed, {"tree": SMALL}, "plan without reserve"),
         (fixed, {"validate": "yes"}, "validate must be True or False"),
         (fixed, {"page_indices": [1]}, "plan without pages"),
-        (fixed, {"cu_seqlens_q": torch.zeros(3)}, "plan that was made for offsets on the host"),
+        (fixed, {"cu_seqlens_q": torch.zeros(3)}, "plan that was made without offsets"),
         (roomy, {"tree": other}, "kv must be given with a tree of another size"),
         (roomy, {"tree": 5}, "tree must be a hydragen.PrefixTree or None, got int"),
         (roomy, {"kv_lens": [None, [1, 9]]}, "must not exceed"),

@@ -9,7 +9,7 @@ from judged import check
 from special_tiles import as_packed_and_in_pages, below_two_prefixes, served
 
 import hydragen
-from hydragen import api, tuning, work
+from hydragen import api, prefix_tiles, tuning, work
 from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
 from hydragen.testing.pages import paged
@@ -84,6 +84,20 @@ def test_queries_before_some_keys(changes: dict[str, Any], layout: str, device: 
     if layout == "paged":
         inputs = replace(inputs, pages=paged(asked, inputs, 16, seed=1, spare=40))
     check(asked, "triton", device, inputs, layout=layout)
+    assert served("attend_prefix", launch=0)
+
+
+@pytest.mark.parametrize("page_size", [32, 128, 256])
+def test_causal_splits_within_pages(
+    page_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splits that begin where a block of a tile of longer steps would reach into the next page."""
+    monkeypatch.setattr(work, "split_size", lambda _, __, tile, *___, **____: tile.step)
+    monkeypatch.setattr(prefix_tiles, "MEASURED_PAGES", {page_size})
+    asked = problem(q_lens=(3,) * 96, causal=True)
+    inputs = asked.tensors()
+    pages = paged(asked, inputs, page_size, seed=1, spare=40)
+    check(asked, "triton", device, replace(inputs, pages=pages), layout="paged")
     assert served("attend_prefix", launch=0)
 
 

@@ -1,5 +1,6 @@
 """Tensor descriptors of the specialised tiles: they address what the kernels mean, in every layout served."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from test_prefix_tiles import planned
 
 import hydragen
 from hydragen import PackedKV, PagedKV, prefix_tiles, tuning
-from hydragen.prefix_tiles import PREFIX_TILES
+from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.warp_tiles import WARP_TILES
 
 pytestmark = pytest.mark.triton
@@ -92,15 +93,18 @@ def test_they_address_what_the_kernels_mean(name: str) -> None:
         seen: list[Any] = []
         special, launcher.launcher = launcher.launcher, lambda tensors, _, into=seen: into.extend(tensors)
         items, links, count = torch.zeros(1), torch.zeros(1), torch.zeros(1)
+        merge = {"merge_indptr_ptr": torch.zeros(1), "merge_indices_ptr": torch.zeros(1)}
         tensors = (call.q, nodes.k, nodes.v, *buffers.values(), items, links, *ints.values(), count)
-        launcher(tensors, (True,) * 9)
+        merges = launcher((*tensors, *merge.values()), (True,) * 9)
         pointers = dict(zip(special._kernel.arg_names, seen, strict=False))
-        sent = {**buffers, **ints, "items_ptr": items, "num_items_ptr": count, "q_ptr": call.q}
+        sent = {**buffers, **ints, **merge, "items_ptr": items, "num_items_ptr": count, "q_ptr": call.q}
         assert all(pointers[name] is sent[name] for name in pointers if name.endswith("_ptr"))
         given = dict(zip(special._kernel.arg_names[len(seen) :], special._rest, strict=True))
         prefix, tile = special._kernel is attend_prefix, launch.tile
         own = {"num_tasks": HEADS * len(launch.items), "CONSUMERS": 2, "Q_SHARED": True, "CAUSAL": False}
-        assert (own if prefix else {"zero": 0, "K_STAGES": 2, "V_STAGES": 2}).items() <= given.items()
+        warp = {"zero": 0, "K_STAGES": 2, "V_STAGES": 2, "MERGE": True}
+        assert (own if prefix else warp).items() <= given.items()
+        assert merges == (not prefix)
         assert COMMON.items() <= given.items()
         assert given["num_items"] == len(launch.items)
         assert given["num_pages"] == (nodes.k[0].shape[0] if size else 0)
@@ -127,3 +131,62 @@ def test_they_address_what_the_kernels_mean(name: str) -> None:
                             assert torch.equal(found, base[level][place][head])
         assert given["levels"] == tuple(np.unique(launch.items[:, 1]))
         assert given["PAGE_SIZE"] == size
+
+
+def reserved(kv: Any, rows: int = ROWS) -> Any:
+    """A checked call and its plan, other trees may follow; own levels below one prefix."""
+    sizes = [(x[0].shape[0], x[0].shape[1]) for x in kv]
+    tree = hydragen.PrefixTree.from_levels([[tokens] * nodes for nodes, tokens in sizes])
+    call, plan = planned(draw(rows, 1, 4 * HEADS, DIM), kv, tree=tree, reserved=True)
+    launches = tuple(replace(x, num_items=np.ones(1, np.int32)) for x in plan.work.launches)
+    return call, replace(plan, work=replace(plan.work, launches=launches))
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_level_without_tokens_is_for_the_plain_tile(empty: bool) -> None:
+    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
+
+    kv = [(draw(n, keys, HEADS, DIM),) * 2 for n, keys in ((1, KEYS), (1, 0 if empty else 1), (ROWS, OWN))]
+    call, plan = reserved(kv)
+    launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
+    handed: list[str] = []
+    launcher._plain = lambda *_: handed.append("plain")
+    launcher.launcher = lambda *_: handed.append("special")
+    k, v = (tuple(pair[side] for pair in kv) for side in (0, 1))
+    one = torch.zeros(1)
+    launcher((call.q, k, v, *[one] * 15), (True,) * 9)
+    assert handed == ["plain" if empty else "special"]
+
+
+@pytest.mark.parametrize("spare", [0, 8])
+@pytest.mark.parametrize("other_trees", [True, False])
+def test_slots_that_are_no_whole_rows(spare: int, other_trees: bool) -> None:
+    """One such slot is no trouble, unless another tree may have two."""
+    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
+    from hydragen.backends.tma import TmaLauncher  # noqa: PLC0415 - the same
+    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
+
+    row = HEADS * DIM
+    strides = (KEYS * row + spare, row, DIM, 1)
+    first = tuple(torch.as_strided(draw(2 * strides[0]), (1, KEYS, HEADS, DIM), strides) for _ in "kv")
+    kv = [first, (draw(ROWS, OWN, HEADS, DIM),) * 2]
+    if other_trees:
+        call, plan = reserved(kv)
+    else:
+        call, plan = planned(draw(ROWS, 1, 4 * HEADS, DIM), kv)
+    launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
+    assert isinstance(launcher, TmaLauncher) == (spare == 0 or not other_trees)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("tile", PREFIX_TILES.values(), ids=PREFIX_TILES.keys())
+def test_a_box_lies_within_a_page(tile: PrefixTile, page_size: int) -> None:
+    """Wherever a split begins: at a multiple of the step that the plan was made with."""
+    from hydragen.backends.tma import box  # noqa: PLC0415 - needs Triton
+
+    step = max(64, tile.block_n)
+    for runs in (tile, prefix_tiles.tile_for_causal(tile)):
+        keys, columns = box(runs, 128, page_size, step)
+        assert columns == 64
+        assert page_size % keys == step % keys == runs.block_n % keys == 0

@@ -66,6 +66,54 @@ def test_matches_the_oracle(changes: dict[str, Any], layout: str, device: torch.
     assert served()
 
 
+@pytest.fixture(params=["as chosen", "merge launch"])
+def merging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the last launch merges, where it can."""
+    if request.param == "merge launch":
+        monkeypatch.setattr(work, "with_merge", lambda tiles, *_: tiles)
+    return bool(request.param == "as chosen")
+
+
+def merges() -> bool:
+    (plan,) = api._PLANS.values()
+    warp = plan.work.tiles[0].warp
+    return warp is not None and warp.merges
+
+
+@pytest.mark.parametrize(
+    ("changes", "can"),
+    [
+        ({"own": 1}, True),
+        ({"own": 1, "num_q_heads": 6, "sinks": True}, True),
+        ({"own": 1, "num_q_heads": 4, "head_dim": 64, "head_dim_v": 64, "num_kv_heads": 1}, True),
+        ({"own": 1, "q_lens": (2,) * 90, "num_q_heads": 8, "sinks": True}, True),
+        (
+            {"own": 1, "row_to_node": tuple(range(91, 1, -1)), "q_lens": tuple(1 + i % 2 for i in range(90))},
+            True,
+        ),
+        ({"own": 1, "num_q_heads": 16}, False),  # no registers for eight heads
+        ({"own": 0}, False),  # a row without keys of its own
+    ],
+)
+@pytest.mark.parametrize("layout", ["packed", "levels", "paged"])
+def test_the_last_launch_merges(
+    changes: dict[str, Any], can: bool, layout: str, merging: bool, device: torch.device
+) -> None:
+    given = {key: value for key, value in changes.items() if key != "own"}
+    lengths = [LENGTHS[i % 15] + changes["own"] for i in range(90)]
+    asked = below_two_prefixes(lengths, **given)
+    check(asked, "triton", device, layout=layout)
+    assert served()
+    assert merges() == (merging and can)
+
+
+def test_unaligned_keys_take_the_merge_launch(device: torch.device) -> None:
+    """The plain tile steps in when it is launched: what it leaves must be merged."""
+    check(below_two_prefixes([40] * 90), "triton", device, layout="levels", memory="shifted")
+    assert merges()
+    assert not served()
+
+
 @pytest.mark.parametrize("page_size", [16, 32, 48, 128])
 @pytest.mark.parametrize("changes", [{}, {"num_q_heads": 2, "head_dim": 64, "head_dim_v": 64}])
 def test_pages_hold_the_same_bits(

@@ -12,7 +12,7 @@ from hydragen import PrefixTree
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target
-from hydragen.warp_tiles import WARP_TILES, WarpTile, warp_tile_for
+from hydragen.warp_tiles import WARP_TILES, WarpTile, places, warp_tile_for
 from hydragen.work import find_segments
 
 TYPICAL: dict[str, Any] = {
@@ -131,6 +131,55 @@ def test_explain_says_its_rows() -> None:
         PrefixTree.from_levels([[4096], [128] * 256]), num_q_heads=32, num_kv_heads=8, head_dim=128
     ).segments[1]
     assert (own.block_m, own.reads) == (8, 1)
+
+
+def merging(tree: PrefixTree, q_heads: int = 32, q_len: int = 1, **how: Any) -> bool | None:
+    """Whether the programs of the smallest tile merge; None: it is not of one warp."""
+    queries = Queries.of(tree, np.arange(tree.num_rows) * q_len, np.full(tree.num_rows, q_len))
+    heads, invariant = Heads(q_heads, 8, 128, 128, 2), how.pop("batch_invariant", False)
+    _, tiles = find_segments(tree, tree.kv_lens, queries, heads, H200, invariant, **how)
+    return None if tiles[0].warp is None else tiles[0].warp.merges
+
+
+def test_who_merges() -> None:
+    def star(rows: int) -> PrefixTree:
+        return PrefixTree.from_levels([[4096], [128] * rows])
+
+    assert merging(star(64))
+    assert merging(star(96)) is True  # 768 programs, for which there are 688 places
+    assert merging(star(256)) is False  # three times as many as places
+    assert merging(star(64), reserved=True) is False  # another tree may follow
+    assert merging(star(64), batch_invariant=True) is None
+    assert merging(star(64), q_heads=64) is False  # no registers for eight heads
+    assert merging(star(64), q_len=2) is True  # two tokens, one after the other
+    deeper = PrefixTree.from_parents(
+        [-1, 0, *[1] * 64], kv_lens=[4096, 300, *[128] * 64], row_to_node=range(2, 66)
+    )
+    assert merging(deeper)
+
+
+def test_a_token_without_a_program_of_its_own_keeps_the_merge() -> None:
+    parents, lens = [-1] + [0] * 64, [4096] + [128] * 64
+    ends = [*range(1, 64), 0]  # the last row ends at the prefix
+    assert merging(PrefixTree.from_parents(parents, lens, row_to_node=ends)) is False
+    assert merging(PrefixTree.from_parents(parents, [*lens[:-1], 0], row_to_node=range(1, 65))) is False
+    long = PrefixTree.from_parents(parents, [*lens[:-1], 100_000], row_to_node=range(1, 65))
+    assert not merging(long)  # its keys are split over programs
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "programs", "expected"),
+    [
+        ("medium", "narrow+2", 132, 132 * 5),
+        ("medium", "narrow+2", 128, 128 * 5 + 4 * 12),
+        ("small", "wide+1", 132, 132 * 4),
+        ("large", "narrow+2", 132, 132 * 2),
+        ("medium", "single", 128, 128 * 7 + 4 * 12),
+        ("small", "wide", 100, 32 * 16),
+    ],
+)
+def test_how_many_find_a_place(name: str, prefix: str, programs: int, expected: int) -> None:
+    assert places(WARP_TILES[name], PREFIX_TILES[prefix], programs, 128, 132) == expected
 
 
 @pytest.mark.parametrize("tile", WARP_TILES.values(), ids=WARP_TILES.keys())

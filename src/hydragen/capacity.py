@@ -28,12 +28,15 @@ class Capacity:
         Rows of the partial buffers.
     nodes, pairs : int
         Nodes of the tree, and pairs of a node and one of its ancestors.
+    first : int
+        What the reserve was multiplied with: items of each launch, partials, nodes and pairs.
     """
 
     launches: tuple[tuple[Tile, int, int], ...]
     partials: int
     nodes: int
     pairs: int
+    first: tuple[int, ...]
 
     @property
     def tiles(self) -> dict[Tile, int]:
@@ -63,18 +66,29 @@ def capacity_for(plan: WorkPlan, reserve: float) -> Capacity:
     def room(size: int) -> int:
         return math.ceil(reserve * size)
 
-    launches = []
+    launches, rows = [], 0
     for tile in reversed(plan.work.tiles):
         launch = used.get(tile)
-        items = max(room(0 if launch is None else launch.items.shape[0]), _LEAST_ITEMS)
-        launches.append((tile, 1 if launch is None else launch.heads, items))
+        items = 0 if launch is None else launch.items.shape[0]
+        # where a larger tile has rows, another tree may have as many for this one
+        launches.append(
+            (tile, 1 if launch is None else launch.heads, max(items, rows // tile.block_m, _LEAST_ITEMS))
+        )
+        rows += items * tile.block_m
     # What comes between a specialised prefix tile and the smallest one would keep them from running beside
     # one another, even without work: its programs find no room beside the first.
     if launches[0][0].prefix is not None:
         launches.insert(-1, launches.pop(0))
-    partials = max(room(plan.work.num_partials), 4 * plan.queries.token.size)
-    num_nodes, pairs = plan.tree.num_nodes, int(plan.tree.depth.sum())
-    return Capacity(tuple(launches), partials, max(room(num_nodes), 1), max(room(pairs), room(num_nodes)))
+    partials, num_nodes = max(plan.work.num_partials, 1), max(plan.tree.num_nodes, 1)
+    pairs = max(int(plan.tree.depth.sum()), num_nodes)
+    first = (*(items for _, _, items in launches), partials, num_nodes, pairs)
+    return Capacity(
+        tuple((tile, heads, room(items)) for tile, heads, items in launches),
+        max(room(partials), 4 * plan.queries.token.size),
+        room(num_nodes),
+        room(pairs),
+        first,
+    )
 
 
 def fitted(plan: WorkPlan, capacity: Capacity) -> WorkPlan:
@@ -84,30 +98,30 @@ def fitted(plan: WorkPlan, capacity: Capacity) -> WorkPlan:
     Raises
     ------
     ValueError
-        If it does not fit, with what there is too much of.
+        If it does not fit, with what there is too much of, and the reserve that would do.
     """
     work = plan.work
-    used = {launch.tile: launch for launch in work.launches}
-    found = [
-        ("work items", launch.items.shape[0], items)
-        for tile, _, items in capacity.launches
-        if (launch := used.get(tile)) is not None
+    used = {launch.tile: launch.items for launch in work.launches}
+    counts = [len(used.get(tile, ())) for tile, _, _ in capacity.launches]
+    needed = [*counts, work.num_partials, plan.tree.num_nodes, int(plan.tree.depth.sum())]
+    there = [*(items for _, _, items in capacity.launches), capacity.partials, capacity.nodes, capacity.pairs]
+    names = [*("work items" for _ in counts), "partial results", "nodes", "pairs of node and ancestor"]
+    over = [
+        f"{n} {name} where it has room for {m}"
+        for n, m, name in zip(needed, there, names, strict=True)
+        if n > m
     ]
-    found.append(("partial results", work.num_partials, capacity.partials))
-    found.append(("nodes", plan.tree.num_nodes, capacity.nodes))
-    found.append(("pairs of node and ancestor", int(plan.tree.depth.sum()), capacity.pairs))
-    for what, needed, there in found:
-        if needed > there:
-            raise ValueError(
-                f"tree must fit the plan's capacity, got {needed} {what} where it has room for {there}; "
-                f"plan with a reserve that is {needed / max(there, 1):.2f} times as large"
-            )
+    if over:
+        enough = max(n / first for n, m, first in zip(needed, there, capacity.first, strict=True) if n > m)
+        raise ValueError(
+            f"tree must fit the plan's capacity, got {', '.join(over)}; plan with "
+            f"reserve={math.ceil(enough * 100) / 100}, or plan anew for this tree"
+        )
     launches = []
-    for tile, heads, items in capacity.launches:
+    for (tile, heads, items), count in zip(capacity.launches, counts, strict=True):
         table = np.zeros((items, len(ITEM_COLUMNS)), np.int32)
-        count = used[tile].items.shape[0] if tile in used else 0
         if count:
-            table[:count] = used[tile].items
+            table[:count] = used[tile]
         launches.append(Launch(tile, heads, table, num_items=np.full(1, count, np.int32)))
     merge_indices = np.zeros(capacity.partials, np.int32)
     merge_indices[: work.num_partials] = work.merge_indices

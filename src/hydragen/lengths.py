@@ -64,6 +64,13 @@ class KVLens(NamedTuple):
                 lens.index_copy_(0, index, torch.minimum(given.clamp(min=0), lens[index]).to(torch.int32))
         return lens
 
+    def growing(self, tree: PrefixTree, nodes: NodeKV, device: torch.device) -> KVLens:
+        """Return the same lengths, all on the host, as such that may grow up to the nodes' capacities."""
+        groups = tree.level_nodes if nodes.by_level else (np.arange(tree.num_nodes),)
+        now = torch.from_numpy(self.planned.astype(np.int32)).to(device)
+        there = [(group, now[torch.from_numpy(group.copy()).to(device)]) for group in groups if group.size]
+        return KVLens(nodes.capacity, tuple(there))
+
 
 def node_index(nodes: IntArray, uploads: dict[Any, Any], device: torch.device) -> Tensor | slice:
     """Return where `nodes` are: neighbours in a slice, others as int64 on the device, kept in `uploads`."""

@@ -20,7 +20,7 @@ from hydragen.tree import PrefixTree
 from hydragen.types import AttentionState
 from hydragen_reference.segment import in_transform
 
-_OUT_OF_GRAPH = "leave it out of the graph: torch.compiler.disable(hydragen.attention)(...)"
+_OUT_OF_GRAPH = "leave it out of the graph: torch.compiler.disable(hydragen.attention)(...), or (plan.run)"
 
 # Set by api.py and planned.py: the eager implementations, which lie above this floor.
 _eager: Callable[..., AttentionState] | None = None
@@ -130,8 +130,8 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 def _backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "hydragen.attention has no gradients inside torch.compile or torch.export yet; call it under "
-        f"torch.no_grad(), or {_OUT_OF_GRAPH}"
+        "hydragen.attention and Plan.run have no gradients inside torch.compile or torch.export yet; call "
+        f"them under torch.no_grad(), or {_OUT_OF_GRAPH}"
     )
 
 

@@ -31,10 +31,11 @@ class PlanState:
     """
 
     def __init__(self, planned: Planned, work: WorkPlan, lens: KVLens, reserve: float) -> None:
-        self.device = planned.like.device
+        self.device, self._reserve = planned.like.device, reserve
         self.kv_lens: Tensor | None = None
         self.pages: Tensor | None = None
         self._before: Tensor | None = None
+        self._grown = False
         self._tokens: dict[bool, Tokens] = {}
         self._slots = SlotTables(self.device)
         self._level_nodes: Tensor | None = None
@@ -53,6 +54,7 @@ class PlanState:
         """Take over new lengths; if nodes have `grown`, what lies between old and new is to be written."""
         if not work.lens_on_device:
             return
+        self._grown = grown and self.kv_lens is not None
         constant = planned_lens(work, self.device)
         if (lens.planned != work.kv_lens).any():
             given = constant.clone()
@@ -84,7 +86,7 @@ class PlanState:
         if self.pages is None or indices.numel() > room:
             raise ValueError(
                 f"kv must fit the plan's page table of {room} entries, got {indices.numel()}; "
-                "plan with a larger reserve"
+                f"plan with reserve={math.ceil(100 * self._reserve * indices.numel() / max(room, 1)) / 100}"
             )
         self.pages[: indices.numel()].copy_(indices)
 
@@ -124,7 +126,14 @@ class PlanState:
                 "append needs a plan whose lengths may grow, got one for fixed lengths; plan with kv_lens in "
                 "tensors"
             )
-        return self._slots.find(planned, Growth(self._before, self.kv_lens, self.pages))
+        found = self._slots.find(planned, Growth(self._before, self.kv_lens, self.pages))
+        if not self._grown:  # nothing would be written, and what `run` then attends to is anything
+            raise ValueError(
+                "append needs an update of kv_lens alone since the plan was made or its tree last changed, "
+                "got none; update with lengths that include the new tokens, and with tree and kv only where "
+                "they change"
+            )
+        return found
 
     def _find(self, planned: Planned, work: WorkPlan, masked: bool) -> Tokens:
         offsets, total = planned.rows.cu_seqlens_q, planned.q_shape[0]

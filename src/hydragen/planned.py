@@ -198,9 +198,10 @@ class Plan(NotCopied):
         """Write one layer's keys and values of the newest tokens to where the last `update` made room.
 
         These are the tokens between a row's length before that update and its length since: none after a
-        second update with the same lengths, or after one with another tree or layout. Take tokens back by an
-        update of its own. It changes `kv`, which is what it is for; nothing waits for the device, and it can
-        be captured. In a function for torch.compile call ``torch.compiler.disable(plan.append)``.
+        second update with the same lengths. After one with another tree or layout nothing has grown yet:
+        update once more. Take tokens back by an update of its own. Rows at nodes without room have finished.
+        It changes `kv`, which is what it is for; nothing waits for the device, and it can be captured. In a
+        function for torch.compile call ``torch.compiler.disable(plan.append)``.
 
         Parameters
         ----------
@@ -267,6 +268,8 @@ class Plan(NotCopied):
             )
         tree, nodes = check_new_tree(planned, self._capacity is not None, tree, kv, validate)
         lens = check_kv_lens(kv_lens, tree, nodes, device, validate, may_grow=True)
+        if self._lens_given and not lens.on_device:  # a list in place of a tensor fixes nothing
+            lens = lens.growing(tree, nodes, device)
         tables = planned.tables if kv is None else tables_of(kv)
         changed = planned._replace(tree=tree, nodes=nodes, tables=tables)
         # these two raise if there is no room: nothing has changed until here

@@ -16,6 +16,8 @@ from hydragen.tiles import Tile
 
 # Seconds from the beginning of the first launch to the end of the last, without work.
 _LAUNCHES = 9.8e-6
+# What a launch for the merge takes of it.
+_MERGE_LAUNCH = 1.1e-6
 # Shares of the peak: memory's, over the bandwidth that the target has; and what partial results cost, written
 # and read again, over their bytes at that bandwidth.
 _MEMORY, _PARTIALS = 1.02, 1.16
@@ -61,7 +63,8 @@ def predicted_seconds(
     results = num_tokens * heads.head_dim_v * heads.itemsize
     compute, memory = arithmetic / target.flops, traffic / (_MEMORY * target.bandwidth)
     merging = _PARTIALS * (partials + results) * heads.num_q_heads / target.bandwidth
-    return _LAUNCHES + max(compute, memory) + not_hidden * min(compute, memory) + merging
+    launches = _LAUNCHES - (_MERGE_LAUNCH if tiles[0].warp is not None and tiles[0].warp.merges else 0.0)
+    return launches + max(compute, memory) + not_hidden * min(compute, memory) + merging
 
 
 def _name(tile: PrefixTile) -> str:

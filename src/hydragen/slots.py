@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydragen.backends.uploads import Uploaded
 from hydragen.host_ints import IntArray
+from hydragen.validation.append import last_level
 from hydragen.validation.planned import Planned
 
 
@@ -55,7 +56,7 @@ class SlotTables:
     def find(self, planned: Planned, growth: Growth) -> Slots:
         """Return where the newest tokens go; ValueError if rows do not end at places of their own."""
         if self._current is None:
-            arrays, level = row_arrays(planned), last_level(planned)
+            arrays, level = row_arrays(planned), last_level(planned.tree, planned.nodes)
             if level not in self._levels:
                 with torch.inference_mode(False):  # it outlives the mode
                     rows = Uploaded(arrays, self._device)
@@ -69,7 +70,7 @@ class SlotTables:
         if not self._levels:
             return
         try:
-            arrays, level = row_arrays(planned), last_level(planned)
+            arrays, level = row_arrays(planned), last_level(planned.tree, planned.nodes)
         except ValueError:  # which is said at the next `append`
             arrays, level = [], -1
         for index, (rows, _) in self._levels.items():
@@ -118,42 +119,39 @@ def _places(
     return slot.expand_as(position).clone(), position
 
 
-def last_level(planned: Planned) -> int:
-    """Return the level, of those that hold tensors, in which the rows end."""
-    ends = planned.tree.row_to_node
-    return int(planned.nodes.level[ends[0]]) if ends.size else 0
-
-
 def row_arrays(planned: Planned) -> list[IntArray]:
     """Return the node at which each row ends, its slot and its capacity.
 
-    Raise unless every row ends at a node of its own, with room, and all of these lie in one tensor.
+    Raise unless every row ends at a node of its own, and all of these lie in one tensor. Rows at nodes
+    without room have finished: nothing is written for them, wherever they end.
     """
     ends, nodes = planned.tree.row_to_node, planned.nodes
-    if np.unique(ends).size != ends.size:
+    writing = nodes.capacity[ends] > 0
+    own = ends[writing]
+    if np.unique(own).size != own.size:
         raise ValueError(
             "append needs every row to end at a node of its own, or writes would overlap, got rows that "
             "share one; fork the tree (PrefixTree.fork)"
         )
-    shared = _above(planned.tree.parents, ends)[ends]
+    shared = _above(planned.tree.parents, ends)[ends] & writing
     if shared.any():
         at = int(shared.argmax())
         raise ValueError(
             f"append needs every row to end at a node to which no other row attends, got row {at} at node "
             f"{ends[at]}, above another row's; give it an empty node below"
         )
-    if ends.size and (nodes.capacity[ends] < 1).any():
-        at = int((nodes.capacity[ends] < 1).argmax())
+    if ends.size and not own.size:
         raise ValueError(
-            f"append needs room in the node of every row, got none in node {ends[at]} of row {at}; give it "
-            "capacity"
+            f"append needs room in the node of some row, got none in any, {ends[0]} of row 0 for one; give "
+            "nodes capacity"
         )
-    if np.unique(nodes.level[ends]).size > 1:
+    if np.unique(nodes.level[own]).size > 1:
         raise ValueError(
             "append needs all rows to end in one level, got several; insert empty nodes, or pack all nodes "
             "in one PackedKV or PagedKV"
         )
-    return [ends, nodes.slot[ends], nodes.capacity[ends]]
+    # where nothing is written there may not even be a place
+    return [ends, np.where(writing, nodes.slot[ends], nodes.slot[own[:1]]), nodes.capacity[ends]]
 
 
 def _above(parents: IntArray, ends: IntArray) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

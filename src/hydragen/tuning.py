@@ -15,8 +15,11 @@ from hydragen.prefix_tiles import LITTLE_TRAFFIC, ROWS_BESIDE, PrefixTile, min_r
 from hydragen.splits import stream_seconds
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile
-from hydragen.warp_tiles import WARP_ROWS, WarpTile, warp_tile_for
+from hydragen.warp_tiles import MOST_MERGED_HEADS, WARP_ROWS, WarpTile, places, warp_tile_for
 
+# Programs of one warp, of those that find a place at once, up to which waiting to merge costs less than it
+# saves.
+_MERGING = 1.5
 # Programs of one warp per multiprocessor up to which the merge has one head in each.
 _MERGE_PROGRAMS = 8
 
@@ -175,6 +178,39 @@ def with_warp(
         num_sms=target.num_sms,
     )
     return tiles if warp is None else _with_warp(tiles, warp)
+
+
+def with_merge(
+    tiles: tuple[Tile, ...],
+    chosen: IntArray,
+    covered: bool,
+    num_programs: int,
+    group_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    target: Target,
+) -> tuple[Tile, ...]:
+    """Return the tiles, the smallest of which merges if it can: its programs then wait for the launch before.
+
+    So few of them may keep others from starting. Measured on an H200 (docs/experiments.md, 44).
+
+    Parameters
+    ----------
+    tiles, chosen : what `specialise` and `with_warp` return
+    covered : bool
+        Every token is in exactly one program's segment of the smallest tile, for each KV head.
+    num_programs : int
+        Of the specialised prefix tile.
+    group_size, num_kv_heads, head_dim : int
+    target : Target
+    """
+    warp, last = tiles[0].warp, tiles[int(chosen.max(initial=0))]
+    if warp is None or last.prefix is None or not covered or group_size > MOST_MERGED_HEADS:
+        return tiles
+    programs = int((chosen == 0).sum()) * num_kv_heads
+    if programs > _MERGING * places(warp, last.prefix, num_programs, head_dim, target.num_sms):
+        return tiles
+    return _with_warp(tiles, replace(warp, merges=True))
 
 
 @lru_cache

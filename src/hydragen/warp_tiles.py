@@ -12,6 +12,8 @@ from hydragen.prefix_tiles import PrefixTile
 
 # Stacked query rows of a segment that it can serve: the columns of one matrix product.
 WARP_ROWS = 8
+# Query heads per KV head up to which a program has registers for merging.
+MOST_MERGED_HEADS = 4
 # (head_dim, head_dim_v) for which the choice has been measured.
 _MEASURED = {(64, 64), (128, 128)}
 # Programs per multiprocessor from which on they are worth more than what a larger program has in flight:
@@ -37,12 +39,15 @@ class WarpTile:
         Steps of keys, and of values, in shared memory: one and two at least.
     registers : int
         Most registers per thread.
+    merges : bool
+        Its programs merge what they and the launches before have left of their tokens.
     """
 
     block_n: int
     k_stages: int
     v_stages: int
     registers: int
+    merges: bool = False
 
 
 # name -> tile; in brackets KB of shared memory at head_dim 128
@@ -103,3 +108,22 @@ def warp_tile_for(
     many = keys >= _MANY_KEYS or (traffic > _OFTEN and num_programs >= _MANY_PROGRAMS * num_sms)
     free = prefix.consumers == 2 and num_blocks <= num_sms
     return WARP_TILES["large" if many and free else "medium"]
+
+
+def places(warp: WarpTile, prefix: PrefixTile, num_programs: int, head_dim: int, num_sms: int) -> int:
+    """Return how many programs of one warp find a place at once beside `num_programs` of a prefix tile.
+
+    Each quarter of a multiprocessor has 16,384 registers for its warps; shared memory is one, and every
+    program has a KB more than it asks for.
+    """
+    step = 2 * head_dim
+    own = warp.block_n * (warp.k_stages + warp.v_stages) * step + 2048
+    theirs = 2 * prefix.num_stages * prefix.block_n * step + prefix.block_m * prefix.q_shared * step + 2048
+
+    def fit(registers: int, memory: int) -> int:
+        return min(4 * (registers // (warp.registers * 32)), memory // own, 32)
+
+    whole = 228 << 10
+    beside = fit(16384 - (prefix.consumers + 1) * prefix.registers * 32, whole - theirs)
+    busy = min(num_programs, num_sms)
+    return max(beside, 0) * busy + fit(16384, whole) * (num_sms - busy)

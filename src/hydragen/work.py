@@ -29,6 +29,7 @@ from hydragen.tuning import (
     heads_per_program,
     prefer_medium,
     specialise,
+    with_merge,
     with_warp,
 )
 
@@ -85,7 +86,7 @@ def find_segments(
     dims = heads.head_dim + heads.head_dim_v
     seconds_per_key = heads.num_kv_heads * dims * heads.itemsize / target.bandwidth
     size, together = np.empty_like(kv_len), np.empty_like(kv_len)
-    occupied, beside = 0, 0  # by the launches so far, the largest tiles first
+    occupied, beside, prefixes = 0, 0, 0  # by the launches so far, the largest tiles first
     used = np.bincount(tile).nonzero()[0][::-1].tolist()
     for index in used:
         chosen = (tile == index).nonzero()[0]
@@ -106,9 +107,7 @@ def find_segments(
                 dims * heads.itemsize,
                 (min(occupied, target.num_sms), beside),
             )
-        if (
-            tiles[index].warp is not None
-        ):  # its programs have whole segments: they must not be cut into blocks
+        if tiles[index].warp is not None:  # its programs have whole segments, which must not be cut
             while shared * heads.group_size * int(tokens.max()) > tiles[index].block_m:
                 shared //= 2
         together[chosen] = shared
@@ -132,8 +131,24 @@ def find_segments(
         if index != used[-1]:
             occupied += int(programs.dot(-(-keys // most)))
             beside = tiles[index].beside
+            prefixes = prefixes or occupied
+    if fixed is None and not reserved and not batch_invariant:
+        own = (tile == 0) & (kv_len <= size)
+        tiles = with_merge(
+            tiles, tile, _each_once(runs.tok_begin[own], num_tok[own], queries.token.size), prefixes,
+            heads.group_size, heads.num_kv_heads, heads.head_dim, target,
+        )  # fmt: skip
     parts = (runs.node, kv_len, runs.tok_begin, num_tok, runs.indptr, runs.links)
     return Segments(*parts, tile, together, size, tiles[0].step), tiles
+
+
+def _each_once(begin: IntArray, counts: IntArray, num_tokens: int) -> bool:
+    """Whether these runs of tokens, begin[i], ..., begin[i] + counts[i] - 1, are all tokens, each once."""
+    order = begin.argsort()
+    ends = (begin + counts)[order]
+    return bool(
+        counts.sum() == num_tokens and (begin[order][1:] == ends[:-1]).all() and (begin.min(initial=0) == 0)
+    )
 
 
 @dataclass(frozen=True, eq=False)

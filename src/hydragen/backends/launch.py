@@ -48,8 +48,8 @@ class Launcher:
         self._key = (kernel, constants, tuple(self._options.items()), kinds, _specialisation(numbers))
         self._ready: dict[tuple[bool, ...], Callable[..., None]] = {}
 
-    def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
-        """Launch on the current stream.
+    def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> bool:
+        """Launch on the current stream; False: what it leaves is to be merged, if it leaves partial results.
 
         Parameters
         ----------
@@ -59,17 +59,18 @@ class Launcher:
         """
         if INTERPRET:
             self._kernel[self._grid](*tensors, *self._rest)
-            return
+            return False
         run = self._ready.get(aligned)
         if run is not None:
             run(*tensors, *self._rest)
-            return
+            return False
         key = (self._key, aligned)
         if key in _COMPILED:
             self._ready[aligned] = _COMPILED[key][self._grid]
             self._ready[aligned](*tensors, *self._rest)
         else:
             _COMPILED[key] = self._kernel[self._grid](*tensors, *self._rest, **self._options)
+        return False
 
 
 def alignment(tensors: tuple[Tensor | None, ...]) -> tuple[bool, ...]:

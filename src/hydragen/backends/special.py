@@ -18,6 +18,7 @@ from hydragen.backends.tokens import Tokens
 from hydragen.layout import Launch
 from hydragen.prefix_tiles import PrefixTile
 from hydragen.validation import Call
+from hydragen.warp_tiles import WarpTile
 from hydragen.work import WorkPlan
 
 
@@ -56,6 +57,7 @@ def special_launcher(
     num_items = launch.items.shape[0]
     programs = num_tasks = num_items * heads.num_kv_heads
     own: tuple[int, ...]
+    merges = isinstance(tile, WarpTile) and tile.merges
     if isinstance(tile, PrefixTile):
         kernel, first = attend_prefix, num_tasks
         if plan.reserved:  # how many tasks there are is a matter of the tree
@@ -87,17 +89,17 @@ def special_launcher(
         tokens.token is not None,  # GATHER_Q
         tokens.kv_lens is not None,  # HAS_LENS
         final,  # FINAL
-        options.sinks is not None and final,  # HAS_SINKS
+        options.sinks is not None and (final or merges),  # HAS_SINKS
         options.return_lse,  # HAS_LSE
         pdl,  # PDL
         len(levels),  # NUM_LEVELS
         page_size,
         plan.reserved,
-        *((tokens.q_pos is not None,) if isinstance(tile, PrefixTile) else ()),  # CAUSAL
+        tokens.q_pos is not None if isinstance(tile, PrefixTile) else merges,  # CAUSAL, MERGE
     )
     warps = 4 if isinstance(tile, PrefixTile) else 1
     how = {"num_warps": warps, "maxnreg": tile.registers, "launch_pdl": pdl and waits}
-    launcher = Launcher(kernel, (programs, 1, 1), numbers, constants, how, kinds)
-    boxes = box(tile, heads.head_dim, page_size), box(tile, heads.head_dim_v, page_size)
-    positions = isinstance(tile, PrefixTile)
-    return TmaLauncher(launcher, plain, levels, boxes, strides, plan.reserved, positions)
+    k_box, v_box = (box(tile, x, page_size, launch.tile.step) for x in (heads.head_dim, heads.head_dim_v))
+    # descriptors of other boxes are another kernel
+    launcher = Launcher(kernel, (programs, 1, 1), numbers, constants, how, (*kinds, k_box, v_box))
+    return TmaLauncher(launcher, plain, levels, (k_box, v_box), strides, plan.reserved, tile)

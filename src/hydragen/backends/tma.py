@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,7 @@ class TmaLauncher:
     reserved : bool
         Other trees may follow, under a captured graph too: they may use more of the memory that the tensors
         lie in.
-    positions : bool
-        The kernel takes the positions of queries and keys.
+    tile : the tile that it launches
     """
 
     def __init__(
@@ -64,24 +64,29 @@ class TmaLauncher:
         boxes: tuple[tuple[int, int], tuple[int, int]],
         strides: tuple[tuple[Strides, ...], tuple[Strides, ...]],
         reserved: bool,
-        positions: bool,
+        tile: PrefixTile | WarpTile,
     ) -> None:
         self.launcher = launcher
-        self._reserved, self._positions = reserved, positions
+        self._reserved, self._prefix = reserved, isinstance(tile, PrefixTile)
+        self._merges = isinstance(tile, WarpTile) and tile.merges
         self._plain, self._levels, self._boxes, self._strides = plain, levels, boxes, strides
         self._none = (None,) * (MOST_LEVELS - len(levels))
-        self._fields: dict[tuple[int, int, torch.Size, int], dict[str, Any]] = {}
+        self._fields: dict[tuple[int, int, torch.Size | int], dict[str, Any]] = {}
 
-    def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
-        """Launch on the current stream; `tensors` as `kernels.attend.attend` takes them, then the number of
-        items in use, which may be empty.
+    def __call__(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...]) -> bool:
+        """Launch on the current stream, and return whether nothing is left to merge.
+
+        `tensors` as `kernels.attend.attend` takes them, then the number of items in use, which may be empty,
+        and which partials each token has.
         """
-        q, ks, vs, *results, sinks, items, _, token, q_pos, kv_start, kv_lens, pages, count = tensors
-        if not all(aligned):
-            used = [x for levels in (ks, vs) for x in (levels[level] for level in self._levels)]
-            if not all(alignment(tuple(used))):
-                self._plain(tensors[:-1], aligned)
-                return
+        q, ks, vs, out, lse, part_out, part_lse, sinks, items, _, *ints = tensors
+        token, q_pos, kv_start, kv_lens, pages, count, merge_indptr, merge_indices = ints
+        if self._reserved or not all(aligned):
+            used = tuple([levels[level] for levels in (ks, vs) for level in self._levels])
+            # nor can a tensor of no tokens be described, at which another tree may have none
+            if not all(alignment(used)) or not all(x.numel() for x in used):
+                self._plain(tensors[:-3], aligned)
+                return False
         descriptors: list[Any] = [q]
         for side, levels in enumerate((ks, vs)):
             for level in self._levels:
@@ -89,16 +94,20 @@ class TmaLauncher:
                 room = 0
                 if self._reserved:
                     room = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
-                fields = self._fields.get((side, level, x.shape, room))
+                fields = self._fields.get((side, level, room or x.shape))
                 fields = fields or self._describe(side, level, x, room)
                 # Making one anew checks for microseconds what cannot have changed.
                 described = object.__new__(TensorDescriptor)
                 described.__dict__ = {**fields, "base": x}
                 descriptors.append(described)
             descriptors += self._none
-        positions = (q_pos, kv_start) if self._positions else ()
-        ints = (items, count, token, *positions, kv_lens, pages)
-        self.launcher((*descriptors, *results, sinks, *ints), aligned)
+        if self._prefix:
+            own = (q_pos, kv_start, kv_lens, pages)
+        else:
+            own = (kv_lens, pages, merge_indptr, merge_indices)
+        results = (out, lse, part_out, part_lse, sinks)
+        self.launcher((*descriptors, *results, items, count, token, *own), aligned)
+        return self._merges
 
     def _describe(self, side: int, level: int, x: Tensor, room: int) -> dict[str, Any]:
         """Describe k (0) or v (1) of a level as [keys of all slots or pages, num_kv_heads * head_dim].
@@ -112,7 +121,7 @@ class TmaLauncher:
         rows = (room - width) // row + 1 if room else rows
         shape, block = [rows, width], list(self._boxes[side])
         fields = dict(vars(TensorDescriptor(x, shape, [row, 1], block, BLOCK_LAYOUT)), base=None)
-        self._fields[side, level, x.shape, room] = fields
+        self._fields[side, level, room or x.shape] = fields
         return fields
 
 
@@ -134,7 +143,9 @@ def can_fetch(plan: WorkPlan, call: Call, tokens: Tokens, launch: Launch, fold_s
     levels = levels_of(launch, call)
     sides = ((nodes.k_strides, heads.head_dim), (nodes.v_strides, heads.head_dim_v))
     return len(levels) <= MOST_LEVELS and all(
-        _describable(strides[level], size, heads, nodes, level) for level in levels for strides, size in sides
+        _describable(strides[level], size, heads, nodes, level, plan.reserved)
+        for level in levels
+        for strides, size in sides
     )
 
 
@@ -152,15 +163,20 @@ def special_tile(launch: Launch, tokens: Tokens, page_size: int) -> PrefixTile |
     if prefix is not None:
         fits = page_size % 8 == 0 and (page_size % prefix.block_n == 0 or prefix.block_n % page_size == 0)
         return prefix if fits else None
-    smaller = (tile for tile in (warp, WARP_TILES["medium"]) if tile is not None)
-    return next((tile for tile in smaller if page_size % tile.block_n == 0), None)
+    if warp is None:
+        return None
+    smaller = replace(WARP_TILES["medium"], merges=warp.merges)
+    return next((tile for tile in (warp, smaller) if page_size % tile.block_n == 0), None)
 
 
-def box(tile: PrefixTile | WarpTile, head_dim: int, page_size: int) -> tuple[int, int]:
-    """Return the keys and elements of a row that a kernel fetches at once; `page_size` 0: no pages."""
+def box(tile: PrefixTile | WarpTile, head_dim: int, page_size: int, step: int) -> tuple[int, int]:
+    """Return the keys and elements of a row that a kernel fetches at once; `page_size` 0: no pages.
+
+    Not more keys than the `step` that splits are multiples of: a box lies within a page.
+    """
     if page_size == 0 or isinstance(tile, WarpTile):
         return tile.block_n, head_dim
-    return min(tile.block_n, page_size), 64
+    return min(tile.block_n, page_size, step), 64
 
 
 def levels_of(launch: Launch, call: Call) -> tuple[int, ...]:
@@ -170,8 +186,11 @@ def levels_of(launch: Launch, call: Call) -> tuple[int, ...]:
     return tuple(np.unique(launch.items[:, ITEM_COLUMNS.index("level")]).tolist())
 
 
-def _describable(strides: Strides, size: int, heads: Heads, nodes: NodeKV, level: int) -> bool:
+def _describable(
+    strides: Strides, size: int, heads: Heads, nodes: NodeKV, level: int, reserved: bool
+) -> bool:
     slot, row, head, dim = strides
-    one_slot = not nodes.packed[level] and nodes.k[level].shape[0] == 1
+    # other trees may have several where this one has one
+    one_slot = not reserved and not nodes.packed[level] and nodes.k[level].shape[0] == 1
     even = row % 8 == 0 and row >= heads.num_kv_heads * size  # steps of 16 bytes
     return size in (64, 128, 256) and head == size and dim == 1 and even and (one_slot or slot % row == 0)

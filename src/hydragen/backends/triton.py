@@ -78,9 +78,10 @@ class Ready:
             any_ints if pages is None else pages.indices,
         )
         self._attends = []
+        merge = (tables.merge_indptr, tables.merge_indices)
         for launch, (items, links, num_items) in zip(attends, tables.items, strict=True):
-            count = (num_items,) if isinstance(launch, TmaLauncher) else ()
-            self._attends.append((launch, (items, links, *ints, *count)))
+            more = (num_items, *merge) if isinstance(launch, TmaLauncher) else ()
+            self._attends.append((launch, (items, links, *ints, *more)))
         self._merge_ints = (tables.merge_indptr, tables.merge_indices, token)
         self._ints_aligned = alignment((tokens.kv_lens, ints[-1]))
 
@@ -113,9 +114,10 @@ class Ready:
         some_sinks = part_lse if sinks is None else sinks
         aligned = alignment((q, *k, *v, sinks))
         buffers = (q, k, v, out, lse, part_out, part_lse, some_sinks)
+        merged = False
         for launch, ints in self._attends:
-            launch(buffers + ints, aligned + self._ints_aligned)
-        if self._merges is not None:
+            merged = launch(buffers + ints, aligned + self._ints_aligned)
+        if self._merges is not None and not merged:
             self._merges((part_out, part_lse, out, lse, some_sinks, *self._merge_ints), aligned[-1:])
 
 

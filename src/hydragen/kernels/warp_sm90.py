@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fetch_sm90 import locate, page_of
+from .merge_sm90 import merge_item
 from .primitives import LN_2, LOG2_E, LOWEST, RESCALE, total_and_lse
 from .rows_sm90 import places, query_rows
 
@@ -116,19 +117,21 @@ def wait_if_last(PDL: gl.constexpr):
 def attend_rows(
     q_ptr, k_desc, k_desc_1, k_desc_2, k_desc_3, v_desc, v_desc_1, v_desc_2, v_desc_3,
     out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, sinks_ptr,
-    items_ptr, num_items_ptr, q_token_ptr, kv_lens_ptr, pages_ptr,
+    items_ptr, num_items_ptr, q_token_ptr, kv_lens_ptr, pages_ptr, merge_indptr_ptr, merge_indices_ptr,
     zero, num_items, num_pages, q_len, levels, k_slot_rows, v_slot_rows, scale_log2,
     stride_qb, stride_qt, stride_qh,
     GROUP_SIZE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     GATHER_Q: gl.constexpr, HAS_LENS: gl.constexpr, FINAL: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_LSE: gl.constexpr, PDL: gl.constexpr, NUM_LEVELS: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    RESERVED: gl.constexpr,
+    RESERVED: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """Attend item program_id // NUM_KV_HEADS, of at most ROWS rows, for one KV head.
 
     HEAD_DIM is 64 or 128. Descriptors, levels, slots and pages are as in kernels/prefix_sm90.py's
     attend_prefix, but that blocks are [BLOCK_N, head_dim] of pages too, and PAGE_SIZE a multiple of BLOCK_N.
+    With MERGE each token is in one item of this launch, and what the launches before
+    it and this one have left of it is merged here (kernels/merge_sm90.py): no merge follows.
     `zero` is 0, which the compiler must not know. `scale_log2` must be positive.
     """
     gl.static_assert(V_STAGES >= 2)  # values are asked for into the slot of the step before
@@ -271,4 +274,11 @@ def attend_rows(
         gl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
     else:
         gl.store(part_out_ptr + offs, out, mask=row_ok[:, None])
-    wait_if_last(PDL)
+    if MERGE:
+        merge_item(
+            columns, kv_head, (merge_indptr_ptr, merge_indices_ptr, q_token_ptr),
+            (part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, sinks_ptr), GROUP_SIZE, NUM_KV_HEADS, HEAD_DIM_V,
+            GATHER_Q, HAS_SINKS, HAS_LSE, PDL,
+        )  # fmt: skip
+    else:
+        wait_if_last(PDL)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hydragen.kv import KV
+from hydragen.kv import KV, NodeKV
 from hydragen.transforms import check_untransformed
+from hydragen.tree import PrefixTree
 from hydragen.validation.planned import Planned, check_like, tensors_of_run
 from hydragen.validation.tensors import check_tensor
 
@@ -21,8 +22,7 @@ def check_append(
             f"append needs queries in a batch [num_rows, q_len, ...], got a plan for packed ones, "
             f"{list(planned.q_shape)}; write to the tensors yourself"
         )
-    ends = planned.tree.row_to_node
-    level = int(nodes.level[ends[0]]) if ends.size else 0
+    level = last_level(planned.tree, nodes)
     where = f"kv[{level}]" if nodes.by_level else "kv"
     caches = []
     for x, new, held, name in zip(tensors[level], (k, v), (nodes.k, nodes.v), "kv", strict=True):
@@ -48,6 +48,12 @@ def check_append(
             f"{where} k; pass the same tensor as k and v if they are the same, or copy one"
         )
     return caches[0], caches[1]
+
+
+def last_level(tree: PrefixTree, nodes: NodeKV) -> int:
+    """Return the level, of those that hold tensors, in which the rows end that have room."""
+    ends = tree.row_to_node
+    return int(nodes.level[ends[(nodes.capacity[ends] > 0).argmax()]]) if ends.size else 0
 
 
 def entangled(a: Tensor, b: Tensor) -> bool:

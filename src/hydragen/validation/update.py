@@ -24,7 +24,7 @@ def check_new_lens(planned: Planned, room: IntArray | None, kv_lens: object, val
     if room is None:
         raise ValueError(
             "kv_lens must be left out of the update of a plan that was made for fixed lengths, got "
-            f"{kind(kv_lens)}; plan with kv_lens in tensors, or with reserve=2.0"
+            f"{kind(kv_lens)}; plan with kv_lens in tensors"
         )
     device = planned.like.device
     lens = check_kv_lens(kv_lens, planned.tree, planned.nodes, device, validate, may_grow=True)
@@ -132,8 +132,8 @@ def check_new_offsets(planned: Planned, cu_seqlens_q: object, validate: bool) ->
     given = planned.rows.cu_seqlens_q
     if given is None:
         raise ValueError(
-            "cu_seqlens_q must be left out of the update of a plan that was made for offsets on the host, "
-            f"got {kind(cu_seqlens_q)}; plan with cu_seqlens_q on the device"
+            "cu_seqlens_q must be left out of the update of a plan that was made without offsets, or for "
+            f"those of a CPU, which are fixed, got {kind(cu_seqlens_q)}; plan with cu_seqlens_q on a GPU"
         )
     if not isinstance(cu_seqlens_q, Tensor) or cu_seqlens_q.shape != given.shape:
         raise ValueError(
