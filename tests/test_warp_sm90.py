@@ -1,5 +1,6 @@
 """The tile of a single warp on a GPU, every candidate of it, judged as the plain one is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from special_tiles import as_packed_and_in_pages, below_two_prefixes
 import hydragen
 from hydragen import api, tuning, work
 from hydragen.testing import Problem
+from hydragen.testing.pages import paged
 from hydragen.warp_tiles import WARP_ROWS, WARP_TILES
 
 pytestmark = [
@@ -102,7 +104,10 @@ def test_the_last_launch_merges(
     given = {key: value for key, value in changes.items() if key != "own"}
     lengths = [LENGTHS[i % 15] + changes["own"] for i in range(90)]
     asked = below_two_prefixes(lengths, **given)
-    check(asked, "triton", device, layout=layout)
+    inputs = asked.tensors()
+    if layout == "paged":
+        inputs = replace(inputs, pages=paged(asked, inputs, 32, seed=1, spare=40))
+    check(asked, "triton", device, inputs, layout=layout)
     assert served()
     assert merges() == (merging and can)
 
