@@ -96,7 +96,7 @@ BUGS = {
     "rows in tree order": (QUERIES, "token = q_starts[row] + within", "token = np.arange(first[-1])"),
     "second block of rows is the first": (
         LAYOUT,
-        "columns[_ROW_BEGIN] = block * block_m[run]",
+        "columns[_ROW_BEGIN] = np.where(alone[run], 0, block * block_m[run])",
         "columns[_ROW_BEGIN] = block * 0",
     ),
     "second segment of a run left out": (SEGMENT, "(0, num_segments,", "(0, num_segments - 1,"),

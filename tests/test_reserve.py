@@ -43,9 +43,23 @@ def test_the_reserve_that_a_message_names_is_enough() -> None:
 def test_so_is_the_one_for_page_tables() -> None:
     tree, _, plan = planned(1.2)
     kv, lens = paged(tree, [8] * 5), torch.tensor([8, 1, 1, 1, 1])
-    with pytest.raises(ValueError, match=r"page table of 12 entries, got 40; plan with reserve=4.0") as said:
+    with pytest.raises(
+        ValueError, match=r"got 40 page numbers where it has room for 12; plan with reserve=4.0"
+    ):
         plan.update(lens, tree=tree, kv=kv)
-    planned(float(str(said.value).rpartition("=")[2]))[2].update(lens, tree=tree, kv=kv)
+    planned(4.0)[2].update(lens, tree=tree, kv=kv)
+
+
+def test_and_the_one_for_both_at_once() -> None:
+    """From one page to many, and to a deeper tree: followed once, the advice is enough."""
+    one = PrefixTree.from_parents([-1])
+    kv, lens = paged(one, [1]), torch.tensor([4])
+    deep = PrefixTree.from_parents([-1, 0, 1, 2], row_to_node=[3])
+    more, then = paged(deep, [3, 2, 4, 1]), torch.tensor([12, 8, 16, 4])
+    with pytest.raises(ValueError, match="page numbers") as said:
+        hydragen.plan(one, kv, num_q_heads=HEADS, kv_lens=lens, reserve=1.01).update(then, tree=deep, kv=more)
+    enough = float(re.findall(r"reserve=([\d.]+)", str(said.value))[0])
+    hydragen.plan(one, kv, num_q_heads=HEADS, kv_lens=lens, reserve=enough).update(then, tree=deep, kv=more)
 
 
 @pytest.mark.parametrize("with_tree", [True, False])
@@ -58,6 +72,25 @@ def test_lengths_in_a_list_fix_nothing(with_tree: bool) -> None:
         plan.update(torch.tensor(lens))
         expected = hydragen.attention(q, kv, tree=tree, kv_lens=lens)
         torch.testing.assert_close(plan.run(q, pair), expected)
+
+
+@pytest.mark.parametrize("as_list", [0, 1])
+def test_each_level_stays_as_it_was_planned(as_list: int) -> None:
+    """Lengths that were a list stay fixed, those of a tensor grow, whatever an update brings them in."""
+    tree = PrefixTree.from_levels([[8], [8] * 4])
+    kv = [(normal(nodes, 8, KV_HEADS, DIM, seed=seed),) * 2 for seed, nodes in enumerate((1, 4))]
+    lens: list[Any] = [torch.tensor([2]), torch.tensor([1, 2, 3, 4])]
+    plan = hydragen.plan(tree, kv, num_q_heads=HEADS, kv_lens=lens, reserve=2.0)
+    mixed = [x.tolist() if at == as_list else x for at, x in enumerate(lens)]
+    plan.update(mixed, tree=tree, kv=kv)
+    plan.update([torch.tensor([5]), torch.tensor([5, 6, 7, 8])])
+    q = normal(4, 1, HEADS, DIM)
+    expected = hydragen.attention(q, kv, tree=tree, kv_lens=[[5], [5, 6, 7, 8]])
+    torch.testing.assert_close(plan.run(q, kv), expected)
+    fixed = hydragen.plan(tree, kv, num_q_heads=HEADS, kv_lens=[[2], lens[1]], reserve=1.5)
+    for own in (lens[1], lens[1].tolist()):
+        fixed.update([[2], own], tree=tree, kv=kv)
+        assert fixed._work.kv_lens.tolist() == [2, 8, 8, 8, 8]
 
 
 def test_levels_too() -> None:

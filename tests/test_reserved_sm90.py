@@ -86,11 +86,12 @@ class Case:
         return found
 
 
+@pytest.mark.parametrize("captured", [True, False])  # compute-sanitizer cannot capture: it sees the latter
 @pytest.mark.parametrize("layout", ["packed", "paged"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", ["wide", "wide+1", "narrow+2", "single"])
-def test_other_trees_under_a_captured_graph(
-    name: str, dim: int, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_other_trees(
+    name: str, dim: int, layout: str, captured: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         tuning,
@@ -102,13 +103,13 @@ def test_other_trees_under_a_captured_graph(
     kv, lens = case.kv(tree), case.room(tree)
     on_device = torch.tensor(lens, device=device)
     plan = hydragen.plan(tree, kv, num_q_heads=HEADS, kv_lens=on_device, reserve=6.0)
-    pair = case.pair(kv)
-    plan.run(case.q, pair, return_lse=True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = plan.run(case.q, pair, return_lse=True)
-    assert isinstance(captured, AttentionState)
+    replayed: AttentionState | None = None
+    if captured:
+        plan.run(case.q, case.pair(kv), return_lse=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = plan.run(case.q, case.pair(kv), return_lse=True)
     for number in range(5):
         if number:
             tree = case.tree(number)
@@ -117,14 +118,14 @@ def test_other_trees_under_a_captured_graph(
             plan.update(torch.tensor(lens, device=device), tree=tree, kv=kv)
         expected = case.expected(tree, kv, lens)
         eager = plan.run(case.q, case.pair(kv), return_lse=True)
-        assert isinstance(eager, AttentionState)
-        for x in captured:
-            x.fill_(torch.nan)
-        graph.replay()
-        for found in (eager, captured):
-            close(found.out, expected.out)
-            close(found.lse, expected.lse)
-        assert torch.equal(eager.out, captured.out)
+        for found, right in zip(eager, expected, strict=True):
+            close(found, right)
+        if replayed is not None:
+            for x in replayed:
+                x.fill_(torch.nan)
+            graph.replay()
+            close(replayed.lse, expected.lse)
+            assert torch.equal(eager.out, replayed.out)
     assert served(plan) == ["attend_prefix", "attend_rows"]
 
 

@@ -167,6 +167,38 @@ def test_a_token_without_a_program_of_its_own_keeps_the_merge() -> None:
     assert not merging(long)  # its keys are split over programs
 
 
+def test_nothing_else_in_the_launch_that_merges() -> None:
+    """A node of two rows is for the same tile: its programs, split or not, would be read before they end."""
+    parents, ends = [-1, 0, 1, 1, *[0] * 62], range(2, 66)
+    for shared in (1, 64, 1024, 5000):
+        tree = PrefixTree.from_parents(parents, [1024, shared, *[16] * 64], row_to_node=ends)
+        assert merging(tree) is False
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(300):
+        forks = int(rng.integers(0, 40))
+        below = [*np.sort(rng.integers(0, 1 + forks, 64)).tolist()]
+        lens = [
+            int(rng.choice([1024, 4096])),
+            *rng.choice([0, 8, 64, 700, 3000], forks),
+            *rng.choice([5, 16, 128], 64),
+        ]
+        tree = PrefixTree.from_parents(
+            [-1, *[0] * forks, *below], [int(x) for x in lens], row_to_node=range(1 + forks, 65 + forks)
+        )
+        queries = Queries.of(tree, np.arange(64), np.ones(64, np.int64))
+        parts, tiles = find_segments(tree, tree.kv_lens, queries, Heads(32, 8, 128, 128, 2), H200, False)
+        if tiles[0].warp is None or not tiles[0].warp.merges:
+            continue
+        found += 1
+        own = parts.tile == 0
+        assert (parts.kv_len[own] <= parts.split_size[own]).all()
+        tokens = np.concatenate(
+            [np.arange(b, b + n) for b, n in zip(parts.tok_begin[own], parts.num_tok[own], strict=True)]
+        )
+        assert np.array_equal(np.sort(tokens), np.arange(64))
+    assert found > 20
+
+
 @pytest.mark.parametrize(
     ("name", "prefix", "programs", "expected"),
     [

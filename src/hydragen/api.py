@@ -173,7 +173,9 @@ def plan(
         As in `attention`.
     reserve : float
         With more than 1, the tree may change too (`Plan.update`): there is room for that many times the work
-        of this one.
+        of this one, counted in tables of work items, partial results, nodes, and pairs of a node and an
+        ancestor. A smaller tree may need more of one of them. One that does not fit is refused with the
+        reserve that would have done; the plan stays as it was.
     validate : bool
         Also check lengths and page numbers that live on the device; waits for it.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hydragen.kv import NodeKV
 from hydragen.layout import ITEM_COLUMNS, Launch
 from hydragen.tiles import Tile
 from hydragen.warp_tiles import WARP_ROWS
@@ -28,14 +29,17 @@ class Capacity:
         Rows of the partial buffers.
     nodes, pairs : int
         Nodes of the tree, and pairs of a node and one of its ancestors.
+    entries : int
+        Page numbers.
     first : int
-        What the reserve was multiplied with: items of each launch, partials, nodes and pairs.
+        What the reserve was multiplied with: items of each launch, partials, nodes, pairs and entries.
     """
 
     launches: tuple[tuple[Tile, int, int], ...]
     partials: int
     nodes: int
     pairs: int
+    entries: int
     first: tuple[int, ...]
 
     @property
@@ -59,8 +63,15 @@ def lasting_tiles(plan: WorkPlan) -> Mapping[Tile, int]:
     return {tile: min(heads.get(tile, 1), most[tile]) for tile in tiles}
 
 
-def capacity_for(plan: WorkPlan, reserve: float) -> Capacity:
-    """Return room for `reserve` times the tables of `plan`, and some for every kind of tile."""
+def page_entries(nodes: NodeKV) -> int:
+    """Return how many page numbers the nodes have."""
+    return 0 if nodes.pages is None else nodes.pages.indices.numel()
+
+
+def capacity_for(plan: WorkPlan, reserve: float, entries: int = 0) -> Capacity:
+    """Return room for `reserve` times the tables of `plan`, with so many page numbers, and some for every
+    kind of tile.
+    """
     used = {launch.tile: launch for launch in plan.work.launches}
 
     def room(size: int) -> int:
@@ -81,17 +92,18 @@ def capacity_for(plan: WorkPlan, reserve: float) -> Capacity:
         launches.insert(-1, launches.pop(0))
     partials, num_nodes = max(plan.work.num_partials, 1), max(plan.tree.num_nodes, 1)
     pairs = max(int(plan.tree.depth.sum()), num_nodes)
-    first = (*(items for _, _, items in launches), partials, num_nodes, pairs)
+    first = (*(items for _, _, items in launches), partials, num_nodes, pairs, max(entries, 1))
     return Capacity(
         tuple((tile, heads, room(items)) for tile, heads, items in launches),
         max(room(partials), 4 * plan.queries.token.size),
         room(num_nodes),
         room(pairs),
+        room(max(entries, 1)),
         first,
     )
 
 
-def fitted(plan: WorkPlan, capacity: Capacity) -> WorkPlan:
+def fitted(plan: WorkPlan, capacity: Capacity, entries: int = 0) -> WorkPlan:
     """Return `plan` with its tables filled up to `capacity`: items without queries, partials that nobody
     merges.
 
@@ -103,9 +115,11 @@ def fitted(plan: WorkPlan, capacity: Capacity) -> WorkPlan:
     work = plan.work
     used = {launch.tile: launch.items for launch in work.launches}
     counts = [len(used.get(tile, ())) for tile, _, _ in capacity.launches]
-    needed = [*counts, work.num_partials, plan.tree.num_nodes, int(plan.tree.depth.sum())]
+    needed = [*counts, work.num_partials, plan.tree.num_nodes, int(plan.tree.depth.sum()), entries]
     there = [*(items for _, _, items in capacity.launches), capacity.partials, capacity.nodes, capacity.pairs]
+    there.append(capacity.entries)
     names = [*("work items" for _ in counts), "partial results", "nodes", "pairs of node and ancestor"]
+    names.append("page numbers")
     over = [
         f"{n} {name} where it has room for {m}"
         for n, m, name in zip(needed, there, names, strict=True)

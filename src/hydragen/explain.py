@@ -96,7 +96,10 @@ class Explanation:
 
     @property
     def speedup(self) -> float:
-        """How many times less time with sharing than without, at best."""
+        """How many times less time with sharing than without, at best: of the two lower bounds.
+
+        Of what calls should take, ``explain(tree.unshared(), ...).predicted_seconds / predicted_seconds``.
+        """
         return self.seconds_unshared / self.seconds if self.seconds else 1.0
 
     def __str__(self) -> str:

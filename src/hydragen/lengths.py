@@ -64,12 +64,26 @@ class KVLens(NamedTuple):
                 lens.index_copy_(0, index, torch.minimum(given.clamp(min=0), lens[index]).to(torch.int32))
         return lens
 
-    def growing(self, tree: PrefixTree, nodes: NodeKV, device: torch.device) -> KVLens:
-        """Return the same lengths, all on the host, as such that may grow up to the nodes' capacities."""
-        groups = tree.level_nodes if nodes.by_level else (np.arange(tree.num_nodes),)
-        now = torch.from_numpy(self.planned.astype(np.int32)).to(device)
-        there = [(group, now[torch.from_numpy(group.copy()).to(device)]) for group in groups if group.size]
-        return KVLens(nodes.capacity, tuple(there))
+    def levels_on_device(self, tree: PrefixTree, nodes: NodeKV) -> frozenset[int]:
+        """Return the levels whose lengths are on the device; 0 where all nodes lie in one tensor."""
+        return frozenset(int(tree.depth[of[0]]) if nodes.by_level else 0 for of, _ in self.on_device)
+
+    def growing(
+        self, levels: frozenset[int], tree: PrefixTree, nodes: NodeKV, device: torch.device
+    ) -> KVLens:
+        """Return the same lengths, those of `levels` as such that may grow up to the nodes' capacities."""
+        planned, there = self.planned.copy(), list(self.on_device)
+        for level in sorted(levels - self.levels_on_device(tree, nodes)):
+            if not nodes.by_level:
+                group = np.arange(tree.num_nodes)
+            elif level < len(tree.level_nodes):
+                group = tree.level_nodes[level]
+            else:
+                continue
+            if group.size:
+                there.append((group, torch.from_numpy(planned[group].astype(np.int32)).to(device)))
+                planned[group] = nodes.capacity[group]
+        return KVLens(planned, tuple(there))
 
 
 def node_index(nodes: IntArray, uploads: dict[Any, Any], device: torch.device) -> Tensor | slice:

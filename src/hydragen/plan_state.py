@@ -31,11 +31,12 @@ class PlanState:
     """
 
     def __init__(self, planned: Planned, work: WorkPlan, lens: KVLens, reserve: float) -> None:
-        self.device, self._reserve = planned.like.device, reserve
+        self.device = planned.like.device
         self.kv_lens: Tensor | None = None
         self.pages: Tensor | None = None
         self._before: Tensor | None = None
         self._grown = False
+        self._captured = False  # an update: then replays let lengths grow, of which the host hears nothing
         self._tokens: dict[bool, Tokens] = {}
         self._slots = SlotTables(self.device)
         self._level_nodes: Tensor | None = None
@@ -43,7 +44,7 @@ class PlanState:
         with torch.inference_mode(False):  # what a plan owns outlives the mode in which it is made
             if planned.nodes.pages is not None:
                 entries = planned.nodes.pages.indices
-                self.pages = entries.new_zeros(math.ceil(reserve * entries.numel()))
+                self.pages = entries.new_zeros(math.ceil(reserve * max(entries.numel(), 1)))
                 self.set_pages(entries)
             if planned.nodes.by_level and work.room is not None:
                 self._level_nodes = torch.zeros(work.room[0], dtype=torch.int64, device=self.device)
@@ -55,6 +56,7 @@ class PlanState:
         if not work.lens_on_device:
             return
         self._grown = grown and self.kv_lens is not None
+        self._captured |= self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         constant = planned_lens(work, self.device)
         if (lens.planned != work.kv_lens).any():
             given = constant.clone()
@@ -82,13 +84,8 @@ class PlanState:
 
     def set_pages(self, indices: Tensor) -> None:
         """Take over other page numbers."""
-        room = 0 if self.pages is None else self.pages.numel()
-        if self.pages is None or indices.numel() > room:
-            raise ValueError(
-                f"kv must fit the plan's page table of {room} entries, got {indices.numel()}; "
-                f"plan with reserve={math.ceil(100 * self._reserve * indices.numel() / max(room, 1)) / 100}"
-            )
-        self.pages[: indices.numel()].copy_(indices)
+        if self.pages is not None:
+            self.pages[: indices.numel()].copy_(indices)
 
     def with_own_pages(self, planned: Planned) -> Planned:
         """Return `planned` with the plan's own page numbers: those of the caller may change at any time."""
@@ -127,7 +124,9 @@ class PlanState:
                 "tensors"
             )
         found = self._slots.find(planned, Growth(self._before, self.kv_lens, self.pages))
-        if not self._grown:  # nothing would be written, and what `run` then attends to is anything
+        if not (
+            self._grown or self._captured
+        ):  # nothing would be written, and what `run` then attends to is anything
             raise ValueError(
                 "append needs an update of kv_lens alone since the plan was made or its tree last changed, "
                 "got none; update with lengths that include the new tokens, and with tree and kv only where "

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hydragen.backends import Backend
 from hydragen.backends.tokens import replace_constants
-from hydragen.capacity import Capacity, capacity_for, fitted, lasting_tiles
+from hydragen.capacity import Capacity, capacity_for, fitted, lasting_tiles, page_entries
 from hydragen.explain import Explanation, explanation
 from hydragen.handles import NotCopied, new_handle
 from hydragen.kv import KV
@@ -61,12 +61,12 @@ class Plan(NotCopied):
         self._batch_invariant = batch_invariant
         self._reserved = reserve > 1
         self._capacity: Capacity | None = None
-        self._lens_given = len(lens.on_device) > 0
+        self._growing = lens.levels_on_device(planned.tree, planned.nodes)
         self._work = self._make_work(planned, lens)
         if self._reserved:
             again = self._make_work(planned, lens, lasting_tiles(self._work))
-            self._capacity = capacity_for(again, reserve)
-            self._work = fitted(again, self._capacity)
+            self._capacity = capacity_for(again, reserve, page_entries(planned.nodes))
+            self._work = fitted(again, self._capacity, page_entries(planned.nodes))
         with torch.inference_mode(False):  # what a plan owns outlives the mode in which it is made
             backend.prepare(self._work, self._device)
         self._state = PlanState(planned, self._work, lens, reserve)
@@ -253,7 +253,7 @@ class Plan(NotCopied):
         return self._runner.run(self._planned, self._work, self._state, q, kv, sinks, options)
 
     def _make_work(self, planned: Planned, lens: KVLens, tiles: Mapping[Tile, int] | None = None) -> WorkPlan:
-        rows, may_grow = planned.rows, self._lens_given or self._reserved
+        rows, may_grow = planned.rows, bool(self._growing) or self._reserved
         return make_work_plan(
             planned.tree, planned.nodes, lens.planned, may_grow, rows.starts, rows.lens, planned.heads,
             target_of(self._device), self._batch_invariant, tiles, self._reserved,
@@ -261,22 +261,21 @@ class Plan(NotCopied):
 
     def _change_tree(self, tree: PrefixTree, kv: KV | None, kv_lens: object, validate: bool) -> None:
         planned, device = self._planned, self._device
-        if kv_lens is None and self._lens_given:
+        if kv_lens is None and self._growing:
             raise ValueError(
                 "kv_lens must be given with kv or tree in a plan whose lengths may grow, got None; pass how "
                 "much the nodes hold now"
             )
         tree, nodes = check_new_tree(planned, self._capacity is not None, tree, kv, validate)
         lens = check_kv_lens(kv_lens, tree, nodes, device, validate, may_grow=True)
-        if self._lens_given and not lens.on_device:  # a list in place of a tensor fixes nothing
-            lens = lens.growing(tree, nodes, device)
+        lens = lens.growing(self._growing, tree, nodes, device)  # a list in place of a tensor fixes nothing
         tables = planned.tables if kv is None else tables_of(kv)
         changed = planned._replace(tree=tree, nodes=nodes, tables=tables)
         # these two raise if there is no room: nothing has changed until here
-        if self._capacity is None:
-            work = self._make_work(changed, lens)
-        else:
-            work = fitted(self._make_work(changed, lens, self._capacity.tiles), self._capacity)
+        room = self._capacity
+        work = self._make_work(changed, lens, None if room is None else room.tiles)
+        if room is not None:
+            work = fitted(work, room, page_entries(nodes))
         if nodes.pages is not None and kv is not None:
             self._state.set_pages(nodes.pages.indices)
         work.uploads.update(lasting(self._work.uploads))

@@ -198,7 +198,7 @@ def with_merge(
     ----------
     tiles, chosen : what `specialise` and `with_warp` return
     covered : bool
-        Every token is in exactly one program's segment of the smallest tile, for each KV head.
+        Every token is in exactly one segment of the smallest tile, none of which is split.
     num_programs : int
         Of the specialised prefix tile.
     group_size, num_kv_heads, head_dim : int

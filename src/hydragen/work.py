@@ -133,9 +133,10 @@ def find_segments(
             beside = tiles[index].beside
             prefixes = prefixes or occupied
     if fixed is None and not reserved and not batch_invariant:
-        own = (tile == 0) & (kv_len <= size)
+        own = tile == 0  # all that this launch has: a program must not wait for another one of it
+        once = _each_once(runs.tok_begin[own], num_tok[own], queries.token.size)
         tiles = with_merge(
-            tiles, tile, _each_once(runs.tok_begin[own], num_tok[own], queries.token.size), prefixes,
+            tiles, tile, once and bool((kv_len[own] <= size[own]).all()), prefixes,
             heads.group_size, heads.num_kv_heads, heads.head_dim, target,
         )  # fmt: skip
     parts = (runs.node, kv_len, runs.tok_begin, num_tok, runs.indptr, runs.links)
@@ -146,9 +147,7 @@ def _each_once(begin: IntArray, counts: IntArray, num_tokens: int) -> bool:
     """Whether these runs of tokens, begin[i], ..., begin[i] + counts[i] - 1, are all tokens, each once."""
     order = begin.argsort()
     ends = (begin + counts)[order]
-    return bool(
-        counts.sum() == num_tokens and (begin[order][1:] == ends[:-1]).all() and (begin.min(initial=0) == 0)
-    )
+    return bool(counts.sum() == num_tokens and (begin[order][1:] == ends[:-1]).all())
 
 
 @dataclass(frozen=True, eq=False)
