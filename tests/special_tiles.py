@@ -1,7 +1,8 @@
 """What the tests of the specialised tiles on a GPU have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,6 +12,19 @@ from judged import check
 from hydragen import api, prefix_tiles
 from hydragen.testing import Problem
 from hydragen.testing.pages import paged
+
+# What they are compiled for: other GPUs take the plain tiles, which the other tests are for.
+SM90 = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90"
+    ),
+]
+
+
+def backend(name: str) -> Any:
+    """A module of hydragen.backends that needs Triton: imported where a test runs, not where it is listed."""
+    return import_module(f"hydragen.backends.{name}")
 
 
 def below_two_prefixes(own: Sequence[int], **changes: Any) -> Problem:
@@ -26,14 +40,16 @@ def below_two_prefixes(own: Sequence[int], **changes: Any) -> Problem:
 
 def served(kernel: str, launch: int) -> bool:
     """Whether this launch of the one plan that there is was of a specialised kernel, and not handed on."""
-    from hydragen.backends.tma import TmaLauncher  # noqa: PLC0415 - needs Triton
-
     (plan,) = api._PLANS.values()
     found = [made[0] for made in plan.uploads.values() if isinstance(made, tuple)]
-    launchers = [launches[launch] for launches in found if isinstance(launches, tuple)]
-    # what is handed on to the plain tile is not described
-    special = [x for x in launchers if isinstance(x, TmaLauncher) and x._fields]
-    return any(x.launcher._kernel.__name__ == kernel for x in special)
+    return kernel in kernels_of(launches[launch] for launches in found if isinstance(launches, tuple))
+
+
+def kernels_of(launchers: Iterable[Any]) -> set[str]:
+    """The specialised kernels among these launches; what is handed on to the plain tile is not described."""
+    tma = backend("tma")
+    special = [x for x in launchers if isinstance(x, tma.TmaLauncher) and x._fields]
+    return {x.launcher._kernel.__name__ for x in special}
 
 
 def as_packed_and_in_pages(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from judged import check
-from special_tiles import as_packed_and_in_pages, below_two_prefixes, served
+from special_tiles import SM90, as_packed_and_in_pages, below_two_prefixes, served
 
 import hydragen
 from hydragen import api, prefix_tiles, tuning, work
@@ -14,12 +14,7 @@ from hydragen.prefix_tiles import PREFIX_TILES
 from hydragen.testing import Problem
 from hydragen.testing.pages import paged
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90"
-    ),
-]
+pytestmark = SM90
 
 
 # name, a program for several tasks, maxima raised lazily

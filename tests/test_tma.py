@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from special_tiles import backend
 from test_prefix_tiles import planned
 
 import hydragen
 from hydragen import PackedKV, PagedKV, prefix_tiles, tuning
+from hydragen.backends.tokens import locate
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.warp_tiles import WARP_TILES
 
@@ -70,10 +72,6 @@ COMMON = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_they_address_what_the_kernels_mean(name: str) -> None:
-    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
-    from hydragen.backends.tma import TmaLauncher, attend_prefix  # noqa: PLC0415 - the same
-    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
-
     made, size = CASES[name]
     tree = hydragen.PrefixTree.from_parents([-1, *[0] * ROWS], row_to_node=range(1, ROWS + 1))
     lens = [KEYS, *[OWN] * ROWS]
@@ -88,8 +86,8 @@ def test_they_address_what_the_kernels_mean(name: str) -> None:
     buffers = {f"{name}_ptr": torch.zeros(1) for name in names}
     ints = {f"{name}_ptr": torch.zeros(1) for name in ("q_token", "q_pos", "kv_start", "kv_lens", "pages")}
     for index, launch in enumerate(plan.work.launches):
-        launcher = attend_launcher(plan, call, tokens, index)
-        assert isinstance(launcher, TmaLauncher)
+        launcher = backend("launches").attend_launcher(plan, call, tokens, index)
+        assert isinstance(launcher, backend("tma").TmaLauncher)
         seen: list[Any] = []
         special, launcher.launcher = launcher.launcher, lambda tensors, _, into=seen: into.extend(tensors)
         items, links, count = torch.zeros(1), torch.zeros(1), torch.zeros(1)
@@ -100,7 +98,7 @@ def test_they_address_what_the_kernels_mean(name: str) -> None:
         sent = {**buffers, **ints, **merge, "items_ptr": items, "num_items_ptr": count, "q_ptr": call.q}
         assert all(pointers[name] is sent[name] for name in pointers if name.endswith("_ptr"))
         given = dict(zip(special._kernel.arg_names[len(seen) :], special._rest, strict=True))
-        prefix, tile = special._kernel is attend_prefix, launch.tile
+        prefix, tile = special._kernel is backend("tma").attend_prefix, launch.tile
         own = {"num_tasks": HEADS * len(launch.items), "CONSUMERS": 2, "Q_SHARED": True, "CAUSAL": False}
         warp = {"zero": 0, "K_STAGES": 2, "V_STAGES": 2, "MERGE": True}
         assert (own if prefix else warp).items() <= given.items()
@@ -144,12 +142,9 @@ def reserved(kv: Any, rows: int = ROWS) -> Any:
 
 @pytest.mark.parametrize("empty", [True, False])
 def test_a_level_without_tokens_is_for_the_plain_tile(empty: bool) -> None:
-    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
-    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
-
     kv = [(draw(n, keys, HEADS, DIM),) * 2 for n, keys in ((1, KEYS), (1, 0 if empty else 1), (ROWS, OWN))]
     call, plan = reserved(kv)
-    launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
+    launcher = backend("launches").attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
     handed: list[str] = []
     launcher._plain = lambda *_: handed.append("plain")
     launcher.launcher = lambda *_: handed.append("special")
@@ -163,10 +158,6 @@ def test_a_level_without_tokens_is_for_the_plain_tile(empty: bool) -> None:
 @pytest.mark.parametrize("other_trees", [True, False])
 def test_slots_that_are_no_whole_rows(spare: int, other_trees: bool) -> None:
     """One such slot is no trouble, unless another tree may have two."""
-    from hydragen.backends.launches import attend_launcher  # noqa: PLC0415 - needs Triton
-    from hydragen.backends.tma import TmaLauncher  # noqa: PLC0415 - the same
-    from hydragen.backends.tokens import locate  # noqa: PLC0415 - the same
-
     row = HEADS * DIM
     strides = (KEYS * row + spare, row, DIM, 1)
     first = tuple(torch.as_strided(draw(2 * strides[0]), (1, KEYS, HEADS, DIM), strides) for _ in "kv")
@@ -175,18 +166,16 @@ def test_slots_that_are_no_whole_rows(spare: int, other_trees: bool) -> None:
         call, plan = reserved(kv)
     else:
         call, plan = planned(draw(ROWS, 1, 4 * HEADS, DIM), kv)
-    launcher = attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
-    assert isinstance(launcher, TmaLauncher) == (spare == 0 or not other_trees)
+    launcher = backend("launches").attend_launcher(plan, call, locate(plan, call, kernels_clamp=True), 0)
+    assert isinstance(launcher, backend("tma").TmaLauncher) == (spare == 0 or not other_trees)
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("tile", PREFIX_TILES.values(), ids=PREFIX_TILES.keys())
 def test_a_box_lies_within_a_page(tile: PrefixTile, page_size: int) -> None:
     """Wherever a split begins: at a multiple of the step that the plan was made with."""
-    from hydragen.backends.tma import box  # noqa: PLC0415 - needs Triton
-
     step = max(64, tile.block_n)
     for runs in (tile, prefix_tiles.tile_for_causal(tile)):
-        keys, columns = box(runs, 128, page_size, step)
+        keys, columns = backend("tma").box(runs, 128, page_size, step)
         assert columns == 64
         assert page_size % keys == step % keys == runs.block_n % keys == 0

@@ -7,7 +7,7 @@ import pytest
 import special_tiles
 import torch
 from judged import check
-from special_tiles import as_packed_and_in_pages, below_two_prefixes
+from special_tiles import SM90, as_packed_and_in_pages, below_two_prefixes
 
 import hydragen
 from hydragen import api, tuning, work
@@ -15,12 +15,7 @@ from hydragen.testing import Problem
 from hydragen.testing.pages import paged
 from hydragen.warp_tiles import WARP_ROWS, WARP_TILES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90"
-    ),
-]
+pytestmark = SM90
 
 # Around the steps of 16 and 32 keys, and the rings of two and four.
 LENGTHS = (0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 64, 65, 100, 128, 130)

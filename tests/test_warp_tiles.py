@@ -120,10 +120,9 @@ def test_explain_of_pages_and_of_reserved_plans_names_the_tile_that_runs() -> No
         paged = hydragen.PagedKV(pool, pool, [0, *(first + own * np.arange(257)).tolist()], table)
         assert rows_with(paged) == rows_with(paged, reserve=2.0) == rows
     levels = [(torch.zeros(n, keys, 8, 128).bfloat16(),) * 2 for n, keys in ((1, 4096), (256, 128))]
-    plan = hydragen.plan(tree, levels, num_q_heads=32)
-    assert plan.explain().segments[1].block_m == 8
-    plan = hydragen.plan(tree, levels, num_q_heads=32, reserve=2.0)
-    assert plan.explain().segments[1].block_m == 8
+    for reserve in (1.0, 2.0):
+        plan = hydragen.plan(tree, levels, num_q_heads=32, reserve=reserve)
+        assert plan.explain().segments[1].block_m == 8
 
 
 def test_explain_says_its_rows() -> None:

@@ -115,20 +115,19 @@ def fitted(plan: WorkPlan, capacity: Capacity, entries: int = 0) -> WorkPlan:
     work = plan.work
     used = {launch.tile: launch.items for launch in work.launches}
     counts = [len(used.get(tile, ())) for tile, _, _ in capacity.launches]
-    needed = [*counts, work.num_partials, plan.tree.num_nodes, int(plan.tree.depth.sum()), entries]
-    there = [*(items for _, _, items in capacity.launches), capacity.partials, capacity.nodes, capacity.pairs]
-    there.append(capacity.entries)
-    names = [*("work items" for _ in counts), "partial results", "nodes", "pairs of node and ancestor"]
-    names.append("page numbers")
-    over = [
-        f"{n} {name} where it has room for {m}"
-        for n, m, name in zip(needed, there, names, strict=True)
-        if n > m
+    found = [
+        *(("work items", n, room) for n, (_, _, room) in zip(counts, capacity.launches, strict=True)),
+        ("partial results", work.num_partials, capacity.partials),
+        ("nodes", plan.tree.num_nodes, capacity.nodes),
+        ("pairs of node and ancestor", int(plan.tree.depth.sum()), capacity.pairs),
+        ("page numbers", entries, capacity.entries),
     ]
+    over = [(*of, first) for of, first in zip(found, capacity.first, strict=True) if of[1] > of[2]]
     if over:
-        enough = max(n / first for n, m, first in zip(needed, there, capacity.first, strict=True) if n > m)
+        what = ", ".join(f"{needed} {name} where it has room for {there}" for name, needed, there, _ in over)
+        enough = max(needed / first for _, needed, _, first in over)
         raise ValueError(
-            f"tree must fit the plan's capacity, got {', '.join(over)}; plan with "
+            f"tree must fit the plan's capacity, got {what}; plan with "
             f"reserve={math.ceil(enough * 100) / 100}, or plan anew for this tree"
         )
     launches = []

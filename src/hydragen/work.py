@@ -131,7 +131,7 @@ def find_segments(
         if index != used[-1]:
             occupied += int(programs.dot(-(-keys // most)))
             beside = tiles[index].beside
-            prefixes = prefixes or occupied
+            prefixes = prefixes or occupied  # programs of the first launch alone
     if fixed is None and not reserved and not batch_invariant:
         own = tile == 0  # all that this launch has: a program must not wait for another one of it
         once = _each_once(runs.tok_begin[own], num_tok[own], queries.token.size)

@@ -11,13 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .fetch_sm90 import locate, num_blocks, wait_for
 from .primitives import LN_2, LOWEST, fold_sink, total_and_lse
-from .rows_sm90 import keys_seen, query_rows
+from .rows_sm90 import barrier, keys_seen, query_rows
 from .softmax_sm90 import rescale, softmax_step
 
 # Rows of a consumer: the rows of one wgmma instruction.
 ROWS = gl.constexpr(64)
-# The barrier of a partition's threads was renamed in Triton 3.7.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.jit

@@ -5,9 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from .primitives import LN_2, LOWEST, fold, fold_sink, total_and_lse
+from .rows_sm90 import barrier
 
-# The barrier of a partition's threads was renamed in Triton 3.7.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 # Partials in flight at a time.
 UNROLL = gl.constexpr(3)
 

@@ -1,7 +1,10 @@
-"""Which rows of queries an item of the work table has, and where its results go, in Gluon."""
+"""What the specialised tiles share, in Gluon: the rows of an item, what they see, where results go."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+# The barrier of a partition's threads was renamed in Triton 3.7.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.jit
