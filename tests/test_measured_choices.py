@@ -65,6 +65,15 @@ SHARED = [
     (32, 8, 128, 256, 16384, 512, (128, 64, NARROW), 2, 4, LARGE, "38"),
     (32, 8, 128, 512, 16, 2048, (128, 64, NARROW), 1, 4, LARGE, "38"),
 ]
+# query heads, KV heads, batch, prefix, keys of one's own, whether these are a capacity; the tile of one warp;
+# the section.
+READS = [
+    (40, 40, 256, 2048, 128, False, LARGE, "38"),
+    (40, 40, 256, 2048, 128, True, MEDIUM, "45"),
+    (40, 40, 512, 2048, 128, True, MEDIUM, "45"),
+    (40, 40, 128, 1024, 112, False, MEDIUM, "45"),
+    (32, 32, 64, 1024, 512, True, LARGE, "45"),
+]
 # query heads, KV heads, batch, prefix, suffix; keys a step and splits of each row's own run; the section.
 APART = [
     (32, 8, 1, 16384, 128, 32, 31, "16"),
@@ -74,11 +83,13 @@ APART = [
 ]
 
 
-def segments(q_heads: int, kv_heads: int, head_dim: int, batch: int, prefix: int, suffix: int):
+def segments(
+    q_heads: int, kv_heads: int, head_dim: int, batch: int, prefix: int, suffix: int, growing: bool = False
+):
     tree = PrefixTree.from_levels([[prefix], [suffix] * batch])
     queries = Queries.of(tree, np.arange(batch), np.ones(batch, np.int64))
     heads = Heads(q_heads, kv_heads, head_dim, head_dim, 2)
-    return find_segments(tree, tree.kv_lens, queries, heads, H200, batch_invariant=False)
+    return find_segments(tree, tree.kv_lens, queries, heads, H200, batch_invariant=False, growing=growing)
 
 
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: "-".join(map(str, case[:6])))
@@ -93,6 +104,13 @@ def test_a_shared_prefix(case) -> None:
     assert {tiles[index].block_m for index in found.tile[1:]} == {16}
     assert {tiles[index].warp for index in found.tile[1:]} == {warp}
     assert (found.split_size[1:] >= found.kv_len[1:]).all()
+
+
+@pytest.mark.parametrize("case", READS, ids=lambda case: "-".join(map(str, case[:6])))
+def test_what_is_read_past_the_last_key_counts(case) -> None:
+    q_heads, kv_heads, *sizes, growing, warp, _ = case
+    _, tiles = segments(q_heads, kv_heads, 128, *sizes, growing)
+    assert tiles[0].warp == warp
 
 
 @pytest.mark.parametrize("case", APART, ids=lambda case: "-".join(map(str, case[:5])))

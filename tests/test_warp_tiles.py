@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import hydragen
-from hydragen import PrefixTree
+from hydragen import PrefixTree, tuning
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target
-from hydragen.warp_tiles import WARP_TILES, WarpTile, places, warp_tile_for
+from hydragen.warp_tiles import WARP_TILES, WarpTile, places, read_by, warp_tile_for
 from hydragen.work import find_segments
 
 TYPICAL: dict[str, Any] = {
     "most_rows": 4, "num_programs": 8192, "keys": 128.0, "prefix": PREFIX_TILES["narrow+2"], "traffic": 1.44,
-    "num_blocks": 256, "num_sms": 132,
+    "num_blocks": 256, "num_sms": 132, "reads": 1.0,
 }  # fmt: skip
 
 
@@ -40,6 +40,10 @@ def test_nobody_gets_it_before_it_is_measured() -> None:
         ({"prefix": "narrow+2", "num_blocks": 128, "traffic": 5.8}, "large"),
         ({"prefix": "narrow+2", "num_blocks": 128, "traffic": 5.8, "num_programs": 2048}, "medium"),
         ({"prefix": "narrow+2", "traffic": 23.0}, "large"),
+        ({"prefix": "narrow+2", "traffic": 23.0, "reads": 1.11}, "medium"),
+        ({"prefix": "narrow+2", "num_blocks": 128, "keys": 512.0, "reads": 1.2}, "medium"),
+        ({"prefix": "wide", "traffic": 0.09, "reads": 1.06}, "medium"),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "reads": 1.06}, "medium"),
         ({"prefix": "wide+1", "traffic": 0.36}, "small"),
         ({"prefix": "wide", "traffic": 0.09}, "large"),
         ({"prefix": "single", "num_blocks": 32, "keys": 512.0, "num_programs": 512}, "medium"),
@@ -56,7 +60,30 @@ def test_what_is_best_for_a_shape(changes: dict[str, Any], name: str | None) -> 
 
 
 def test_short_heads_need_longer_steps() -> None:
-    assert warp_tile_for(90, 64, 64, 2, **TYPICAL) == WARP_TILES["large"]
+    for reads in (1.0, 1.2):
+        assert warp_tile_for(90, 64, 64, 2, **(TYPICAL | {"reads": reads})) == WARP_TILES["large"]
+
+
+def test_what_is_read_in_steps() -> None:
+    lens = np.array([0, 1, 32, 77])
+    assert (read_by(32, lens, False), read_by(16, lens, False)) == (32 + 32 + 96, 16 + 32 + 80)
+    # up to 128 keys, 64 on average, of the last step half too much
+    assert read_by(32, np.array([128, 128]), True) == 2 * (64 + 16)
+
+
+def test_a_plan_says_that_its_lengths_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, usual = [], tuning.warp_tile_for
+
+    def spy(*given: Any, **named: Any) -> WarpTile | None:
+        reads.append(named["reads"])
+        return usual(*given, **named)
+
+    monkeypatch.setattr(tuning, "warp_tile_for", spy)
+    tree = PrefixTree.from_levels([[4096], [128] * 256])
+    levels = [(torch.zeros(n, keys, 8, 128).bfloat16(),) * 2 for n, keys in ((1, 4096), (256, 128))]
+    for lens in ([None, None], [None, torch.full((256,), 3)]):
+        hydragen.plan(tree, levels, num_q_heads=32, kv_lens=lens).explain()
+    assert {reads[0], reads[-1]} == {1.0, 80 / 72}
 
 
 def smallest(

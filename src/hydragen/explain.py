@@ -196,7 +196,7 @@ def explanation(plan: WorkPlan, runs_tiles: bool = True) -> Explanation:
         target = H200
         segments, tiles = find_segments(
             plan.tree, plan.kv_lens, plan.queries, plan.heads, target, plan.batch_invariant,
-            reserved=plan.reserved, page_size=plan.page_size,
+            reserved=plan.reserved, page_size=plan.page_size, growing=plan.lens_on_device,
         )  # fmt: skip
     return _explanation(plan.tree, plan.kv_lens, segments, tiles, plan.heads, plan.queries, target)
 

@@ -15,7 +15,7 @@ from hydragen.prefix_tiles import LITTLE_TRAFFIC, ROWS_BESIDE, PrefixTile, min_r
 from hydragen.splits import stream_seconds
 from hydragen.target import Target
 from hydragen.tiles import MERGES, MergeShape, Tile
-from hydragen.warp_tiles import MOST_MERGED_HEADS, WARP_ROWS, WarpTile, places, warp_tile_for
+from hydragen.warp_tiles import MOST_MERGED_HEADS, WARP_ROWS, WarpTile, places, read_by, warp_tile_for
 
 # Programs of one warp, of those that find a place at once, up to which waiting to merge costs less than it
 # saves.
@@ -154,10 +154,11 @@ def with_warp(
     rows: IntArray,
     heads: tuple[int, int, int, int],
     target: Target,
+    growing: bool,
 ) -> tuple[Tile, ...]:
     """Return the tiles once the smallest has one of a single warp, if there is one for its segments.
 
-    The parameters are those of `specialise`, `chosen` what it returns.
+    The parameters are those of `specialise`, `chosen` what it returns; `growing`: kv_lens are capacities.
     """
     num_kv_heads, head_dim, head_dim_v, itemsize = heads
     few, others = (chosen == 0).nonzero()[0], chosen.nonzero()[0]
@@ -176,6 +177,7 @@ def with_warp(
         traffic=traffic / compute if compute else float("inf"),
         num_blocks=int((-(-rows[others] // 64)).sum()) * num_kv_heads,
         num_sms=target.num_sms,
+        reads=read_by(32, kv_lens[few], growing) / max(read_by(16, kv_lens[few], growing), 1.0),
     )
     return tiles if warp is None else _with_warp(tiles, warp)
 

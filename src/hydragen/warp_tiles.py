@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hydragen.host_ints import IntArray
 from hydragen.prefix_tiles import PrefixTile
 
 # Stacked query rows of a segment that it can serve: the columns of one matrix product.
@@ -25,6 +26,8 @@ _OFTEN, _MOSTLY, _NEARLY = 3.0, 10.0, 20.0
 # Keys and programs from which on fewer instructions a key count for more than many programs, where the prefix
 # leaves multiprocessors free.
 _MANY_KEYS, _MANY_PROGRAMS = 256, 32
+# Keys that steps of 32 read for each that steps of 16 do, up to which fewer instructions a key are worth it.
+_MOST_READ = 1.05
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def warp_tile_for(
     traffic: float,
     num_blocks: int,
     num_sms: int,
+    reads: float,
 ) -> WarpTile | None:
     """Return the tile for a launch whose segments have few query rows; None: the plain one.
 
@@ -94,20 +98,33 @@ def warp_tile_for(
         Seconds of this launch's memory traffic for each second of compute of the others, at the peak.
     num_blocks, num_sms : int
         Blocks of 64 rows and one KV head in the others, and multiprocessors.
+    reads : float
+        `read_by(32) / read_by(16)`, of this launch.
     """
     if arch != 90 or itemsize != 2 or (head_dim, head_dim_v) not in _MEASURED or most_rows > WARP_ROWS:
         return None
     if num_programs < (_ALONE if prefix is None else _BESIDE) * num_sms:
         return None
+    long_steps = WARP_TILES["large" if head_dim == 64 or reads <= _MOST_READ else "medium"]
     if prefix is None:
-        return WARP_TILES["large"] if traffic >= _NEARLY else None
+        return long_steps if traffic >= _NEARLY else None
     if prefix.beside == 0 or head_dim == 64 or traffic > _MOSTLY:
-        return WARP_TILES["large"]
+        return long_steps
     if prefix.beside == 1:
         return WARP_TILES["small"]
     many = keys >= _MANY_KEYS or (traffic > _OFTEN and num_programs >= _MANY_PROGRAMS * num_sms)
     free = prefix.consumers == 2 and num_blocks <= num_sms
-    return WARP_TILES["large" if many and free else "medium"]
+    return long_steps if many and free else WARP_TILES["medium"]
+
+
+def read_by(step: int, kv_lens: IntArray, growing: bool) -> float:
+    """Return how many keys programs read in steps of `step`: all of a last one, whatever is left for it.
+
+    With `growing`, `kv_lens` are capacities, and how much of each is in use is anybody's guess: the mean.
+    """
+    if growing:
+        return float((kv_lens + step).sum()) / 2
+    return float((-(-kv_lens // step) * step).sum())
 
 
 def places(warp: WarpTile, prefix: PrefixTile, num_programs: int, head_dim: int, num_sms: int) -> int:

@@ -44,6 +44,7 @@ def find_segments(
     fixed: Mapping[Tile, int] | None = None,
     reserved: bool = False,
     page_size: int = 0,
+    growing: bool = False,
 ) -> tuple[Segments, tuple[Tile, ...]]:
     """Return what there is to attend to, with a tile and a split size for each run of segments.
 
@@ -58,6 +59,8 @@ def find_segments(
         Other trees may follow: every node is a segment of its own.
     page_size : int
         Tokens of a page, 0 without pages.
+    growing : bool
+        Some lengths live on the device.
     """
     tiles = tiles_for(target, heads.head_dim, heads.head_dim_v, heads.itemsize)
     tiles = tiles if fixed is None else tuple(fixed)
@@ -82,7 +85,7 @@ def find_segments(
     if not batch_invariant and fixed is None and reads_pages(page_size):
         tiles, tile = specialise(tiles, tile, all_keys, kv_len, rows, sizes, target)
         if not small and runs.links.size == runs.node.size:
-            tiles = with_warp(tiles, tile, all_keys, kv_len, rows, sizes, target)
+            tiles = with_warp(tiles, tile, all_keys, kv_len, rows, sizes, target, growing)
     dims = heads.head_dim + heads.head_dim_v
     seconds_per_key = heads.num_kv_heads * dims * heads.itemsize / target.bandwidth
     size, together = np.empty_like(kv_len), np.empty_like(kv_len)
@@ -211,7 +214,7 @@ def make_work_plan(
     """
     queries, page_size = Queries.of(tree, q_starts, q_lens), 0 if nodes.pages is None else nodes.pages.size
     segments, tiles = find_segments(
-        tree, kv_lens, queries, heads, target, batch_invariant, fixed, reserved, page_size
+        tree, kv_lens, queries, heads, target, batch_invariant, fixed, reserved, page_size, lens_on_device
     )
     # Under batch_invariant rows of one partial are merged as well: a sink would enter at another place, and
     # whether all rows have one partial is a matter of the others.
