@@ -228,10 +228,10 @@ def test_nothing_else_in_the_launch_that_merges() -> None:
 @pytest.mark.parametrize(
     ("name", "prefix", "programs", "expected"),
     [
-        ("medium", "narrow+2", 132, 132 * 7),
-        ("medium", "narrow+2", 128, 128 * 7 + 4 * 12),
+        ("medium", "narrow+2", 132, 132 * 5),
+        ("medium", "narrow+2", 128, 128 * 5 + 4 * 12),
         ("small", "wide+1", 132, 132 * 4),
-        ("large", "narrow+2", 132, 132 * 3),
+        ("large", "narrow+2", 132, 132 * 2),
         ("medium", "single", 128, 128 * 7 + 4 * 12),
         ("small", "wide", 100, 32 * 16),
     ],
@@ -245,7 +245,7 @@ def test_so_many_find_room(tile: WarpTile) -> None:
     """As the tables say: beside the prefix tiles that are chosen with each."""
     step = tile.block_n * 128 * 2
     size = step * (tile.k_stages + tile.v_stages) + 1024
-    beside = {"small": ("wide+1", 4), "medium": ("narrow+2", 7), "large": ("narrow+2", 3)}
+    beside = {"small": ("wide+1", 4), "medium": ("narrow+2", 5), "large": ("narrow+2", 2)}
     name, programs = beside[next(n for n, other in WARP_TILES.items() if other == tile)]
     registers, memory = room_beside(PREFIX_TILES[name])
     assert min(registers // (tile.registers * 32), memory // size) == programs
