@@ -239,7 +239,7 @@ def test_nothing_has_grown_when_the_tree_changes(backend: str, device: torch.dev
     other = PrefixTree.from_levels([[PREFIX], [ROOM] * BATCH], row_to_node=[2, 1, 3, 4, 5])
     plan.update(kv_lens=lens, tree=other)
     new = [normal(BATCH, 1, KV_HEADS, DIM, seed=i, device=device) for i in range(2)]
-    with pytest.raises(ValueError, match="append needs an update of kv_lens alone since"):
+    with pytest.raises(ValueError, match="append needs an update of kv_lens without tree or kv since"):
         plan.append(kv, *new)
     assert all(torch.equal(suffix("levels", views, which), before[which]) for which in (0, 1))
     lens[1] += 1

@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"apart", "runs"},
     {"queries"},
     {"testing"},
-    {"lengths"},
+    {"block_tables", "lengths"},
     {"kv"},
     {"tuning"},
     {"splits"},

@@ -237,7 +237,7 @@ def test_a_tree_is_found_by_its_handle_while_it_lives() -> None:
     handle = tree.handle
     assert of_handle(handle) is tree
     del tree
-    with pytest.raises(ValueError, match=f"handle .* {handle}; keep the PrefixTree alive"):
+    with pytest.raises(ValueError, match=f"handle .* {handle}; keep the one that was compiled"):
         of_handle(handle)
 
 

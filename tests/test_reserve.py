@@ -136,8 +136,40 @@ def test_rows_that_have_finished_end_at_nodes_without_pages(together: bool, firs
 def test_a_tree_change_is_no_growth() -> None:
     tree, kv, plan = planned(2.0)
     new = normal(4, 1, KV_HEADS, DIM)
-    with pytest.raises(ValueError, match="append needs an update of kv_lens alone since the plan was made"):
+    with pytest.raises(ValueError, match="without tree or kv since the plan was made or its"):
         plan.append((kv.k_cache, kv.v_cache), new, new)
     plan.update(torch.tensor([8, 2, 2, 2, 2]), tree=tree, kv=kv)
     with pytest.raises(ValueError, match="tree and kv only where they change"):
         plan.append((kv.k_cache, kv.v_cache), new, new)
+
+
+def test_nothing_is_appended_once_all_rows_have_finished() -> None:
+    """Until the next tree has rows that go on."""
+    tree, kv, plan = planned(3.0)
+    pair, new = (kv.k_cache, kv.v_cache), normal(2, 4, 1, KV_HEADS, DIM, seed=7)
+    ended = PrefixTree.from_parents([-1], row_to_node=[0] * 4)
+    plan.update(torch.tensor([0]), tree=ended, kv=paged(ended, [0]))
+    before = kv.k_cache.clone()
+    for _ in range(2):
+        plan.append(pair, new[0], new[1])
+        assert torch.equal(kv.k_cache, before)
+        plan.update(torch.tensor([0]))
+    lens = torch.tensor([8, 1, 1, 1, 1])
+    plan.update(lens, tree=tree, kv=kv)
+    plan.update(lens + torch.tensor([0, 1, 1, 1, 1]))
+    plan.append(pair, new[0], new[1])
+    assert not torch.equal(kv.k_cache, before)
+    with pytest.raises(ValueError, match="k must have shape"):
+        plan.append(pair, new[0][:, :0], new[1])
+
+
+def test_growth_by_more_than_a_call_can_write() -> None:
+    _, kv, plan = planned(2.0)
+    pair, new = (kv.k_cache, kv.v_cache), normal(2, 4, 1, KV_HEADS, DIM, seed=7)
+    plan.update(torch.tensor([8, 1, 1, 3, 1]))
+    with pytest.raises(
+        ValueError, match="at most the plan's q_len, 1, in the last update, got row 2 grown by 2"
+    ):
+        plan.append(pair, new[0], new[1])
+    plan.update(torch.tensor([8, 1, 1, 4, 1]))
+    plan.append(pair, new[0], new[1])

@@ -202,6 +202,19 @@ def test_fork_gives_every_row_new_empty_nodes() -> None:
     assert PrefixTree.from_parents([-1]).fork().kv_lens is None
 
 
+def test_fork_in_place_leaves_rows_that_go_on_alone_where_they_are() -> None:
+    tree = PrefixTree.from_parents([-1, 0, 0, 0], [10, 3, 4, 5])
+    forked = tree.fork([1, 3, 0], in_place=True)
+    assert forked.parents.tolist() == [-1, 0, 0, 0, 2, 2, 2]
+    assert forked.kv_lens is not None
+    assert forked.kv_lens.tolist() == [10, 3, 4, 5, 0, 0, 0]
+    assert forked.row_to_node.tolist() == [1, 4, 5, 6]
+    assert tree.fork(in_place=True) == tree
+    assert tree.fork(2, in_place=True) == tree.fork(2)
+    with pytest.raises(TypeError, match="in_place must be True or False, got 1"):
+        tree.fork(in_place=1)
+
+
 @pytest.mark.parametrize("counts", [[1, 2], [1, -1, 1], [1.0, 1, 1], -1])
 def test_fork_refuses_wrong_counts(counts: object) -> None:
     tree = PrefixTree.from_parents([-1, 0, 0], row_to_node=[2, 1, 0])

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import Any
 
 from hydragen.api import attention, plan
-from hydragen.explain import Explanation, explain
+from hydragen.block_tables import from_block_tables
+from hydragen.explain import Explanation, SegmentCost, explain
 from hydragen.kv import PackedKV, PagedKV
 from hydragen.merging import merge_states
 from hydragen.planned import Plan
@@ -19,8 +20,10 @@ __all__ = [
     "PagedKV",
     "Plan",
     "PrefixTree",
+    "SegmentCost",
     "attention",
     "explain",
+    "from_block_tables",
     "merge_states",
     "plan",
 ]

@@ -167,8 +167,9 @@ def plan(
     total_q : int, optional
         Tokens of packed q; needed only with `cu_seqlens_q` on a device.
     kv_lens : optional
-        Tokens in use per node, as in `attention`. Lists and arrays are part of the plan. Tensors on kv's
-        device may be updated: the plan is made for the capacity of these nodes and serves while they grow.
+        Tokens in use per node, as in `attention`. Lists and arrays are part of the plan (with `reserve` they
+        may change, but not grow). Tensors on kv's device may be updated: the plan is made for the capacity of
+        these nodes and serves while they grow.
     backend, batch_invariant
         As in `attention`.
     reserve : float

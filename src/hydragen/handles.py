@@ -21,7 +21,10 @@ def of_handle(handle: int) -> object:
     """Return what a handle stands for; ValueError if it no longer exists."""
     thing = _objects.get(handle)
     if thing is None:
-        raise ValueError(f"handle must be that of a living object, got {handle}; keep the PrefixTree alive")
+        raise ValueError(
+            f"handle must be that of a Plan or PrefixTree that lives in this process, got {handle}; keep the "
+            "one that was compiled or exported alive, and export anew in another process"
+        )
     return thing
 
 

@@ -17,8 +17,22 @@ from hydragen.tree import PrefixTree
 Strides = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, eq=False)
-class PackedKV:
+class _Shapes:
+    """Whose repr has shapes in the place of what tensors hold."""
+
+    def __repr__(self) -> str:
+        fields = [f"{name}={_shape(value)}" for name, value in vars(self).items()]
+        return f"{type(self).__name__}({', '.join(fields)})"
+
+
+def _shape(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    return f"{len(x)} integers" if isinstance(x, Sequence | np.ndarray) else type(x).__name__
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedKV(_Shapes):
     """Keys and values of nodes end to end, as in variable-length attention.
 
     Of all nodes of a tree; or, as an entry of a list of levels, of the nodes of one depth.
@@ -36,8 +50,8 @@ class PackedKV:
     cu_seqlens_k: Sequence[int] | IntArray | Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class PagedKV:
+@dataclass(frozen=True, eq=False, repr=False)
+class PagedKV(_Shapes):
     """Keys and values in a pool of pages, as inference engines keep them.
 
     Token t of node i is token t % page_size of page page_indices[page_indptr[i] + t // page_size]. Pages may
@@ -51,9 +65,9 @@ class PagedKV:
     v_cache : tensor [num_pages, page_size, num_kv_heads, head_dim_v]
     page_indptr : integers [num_nodes + 1], on the host
         Node i owns entries page_indptr[i] to page_indptr[i + 1] of `page_indices`: room for that many pages.
-    page_indices : int32 [page_indptr[-1]], on the pool's device or on the host
+    page_indices : integers [page_indptr[-1]], int32 where they are on a GPU, or on the host
         On a device they are not read back, and one outside of the pool is clamped into it, never followed;
-        `validate=True` checks them.
+        `validate=True` checks them. A plan copies them: `Plan.update` takes over what has changed.
     """
 
     k_cache: Tensor

@@ -36,6 +36,7 @@ class PlanState:
         self.pages: Tensor | None = None
         self._before: Tensor | None = None
         self._grown = False
+        self._reserved = reserve > 1
         self._captured = False  # an update: then replays let lengths grow, of which the host hears nothing
         self._tokens: dict[bool, Tokens] = {}
         self._slots = SlotTables(self.device)
@@ -116,22 +117,35 @@ class PlanState:
                 found = self._tokens[masked] = self._find(planned, work, masked)
         return found
 
-    def slots(self, planned: Planned) -> Slots:
-        """Return where the newest tokens go."""
+    def slots(self, planned: Planned) -> Slots | None:
+        """Return where the newest tokens go; None if all rows have finished."""
         if self.kv_lens is None or self._before is None:
             raise ValueError(
                 "append needs a plan whose lengths may grow, got one for fixed lengths; plan with kv_lens in "
                 "tensors"
             )
+        ends = planned.tree.row_to_node
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._reserved and not capturing and not planned.nodes.capacity[ends].any():
+            return None  # another tree may have rows that go on; a graph would write nothing ever after
         found = self._slots.find(planned, Growth(self._before, self.kv_lens, self.pages))
         if not (
             self._grown or self._captured
         ):  # nothing would be written, and what `run` then attends to is anything
             raise ValueError(
-                "append needs an update of kv_lens alone since the plan was made or its tree last changed, "
-                "got none; update with lengths that include the new tokens, and with tree and kv only where "
-                "they change"
+                "append needs an update of kv_lens without tree or kv since the plan was made or its tree "
+                "last changed, got none; update with lengths that include the new tokens, and with tree and "
+                "kv only where they change"
             )
+        if self.device.type == "cpu" and ends.size:  # elsewhere nobody reads lengths back
+            grown, q_len = (self.kv_lens - self._before).numpy()[ends], planned.q_shape[1]
+            if grown.max() > q_len:
+                row = int(grown.argmax())
+                raise ValueError(
+                    f"append needs rows that grew by at most the plan's q_len, {q_len}, in the last "
+                    f"update, got row {row} grown by {grown[row]}; update once for tokens that are there "
+                    "already, and once more for the new ones"
+                )
         return found
 
     def _find(self, planned: Planned, work: WorkPlan, masked: bool) -> Tokens:

@@ -39,9 +39,8 @@ from hydragen.work import WorkPlan, make_work_plan
 class Plan(NotCopied):
     """Attention over one structure, planned once: `run` it for every layer, `update` it from step to step.
 
-    Made by `hydragen.plan`. It owns its tables and the memory for partial results, so its runs follow one
-    another: run it on one stream at a time. A CUDA graph that captured a run reads them at every replay: keep
-    the plan as long as the graph.
+    Made by `hydragen.plan`. It owns its tables and partial results: run it on one stream at a time. A CUDA
+    graph that captured a run reads them at every replay: keep the plan as long as the graph.
 
     Attributes
     ----------
@@ -50,12 +49,7 @@ class Plan(NotCopied):
     """
 
     def __init__(
-        self,
-        planned: Planned,
-        lens: KVLens,
-        backend: Backend,
-        batch_invariant: bool,
-        reserve: float,
+        self, planned: Planned, lens: KVLens, backend: Backend, batch_invariant: bool, reserve: float
     ) -> None:
         self._planned, self._backend = planned, backend
         self._batch_invariant = batch_invariant
@@ -144,14 +138,15 @@ class Plan(NotCopied):
         ----------
         kv_lens : optional
             Tokens in use per node, in the form of `attention`'s `kv_lens`. On the device they are clamped to
-            the capacity; on the host, more is an error.
+            the capacity; on the host, more is an error. `append` writes what this update let grow, at most
+            q_len tokens a row: take tokens back (speculative decoding) by an update of its own before.
         tree : PrefixTree, optional
             Another structure with as many rows, whose queries keep their shape. A sequence that has finished
             may end at a node without tokens.
         kv : optional
             Keys and values of any layer in the new layout: with a tree that has other nodes.
         page_indices : integers, optional
-            Other page numbers in the same places.
+            Other page numbers in the same places. They are copied, as lengths are: pass what has changed.
         cu_seqlens_q : tensor, optional
             Other offsets on the device, if the plan was made with such.
         validate : bool
@@ -209,9 +204,8 @@ class Plan(NotCopied):
             The layer's keys and values, as for `run`.
         k : tensor [num_rows, q_len, num_kv_heads, head_dim]
         v : tensor [num_rows, q_len, num_kv_heads, head_dim_v]
-            Of row r's tokens as many as it grew by are written, from the first on; let it be at most q_len.
-            Where it is less, pad k and v behind and `q` in front: for `run` a row's queries are the last of
-            its path.
+            Of row r's tokens as many as it grew by are written, from the first on: at most q_len. Where it is
+            less, pad k and v behind and `q` in front: for `run` a row's queries are the last of its path.
 
         Raises
         ------
@@ -222,7 +216,10 @@ class Plan(NotCopied):
         """
         planned = self._planned
         cache_k, cache_v = check_append(planned, kv, k, v)
-        place, source, fresh = self._state.slots(planned)
+        slots = self._state.slots(planned)
+        if slots is None:
+            return
+        place, source, fresh = slots
         for cache, new in ((cache_k, k), (cache_v, v)):
             value = new.flatten(0, 1)[source]
             cache.index_put_(place, torch.where(fresh[:, :, None, None], value, cache[place]))

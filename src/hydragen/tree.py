@@ -27,9 +27,8 @@ class PrefixTree:
     """A forest of token runs and the node at which each row of the batch ends.
 
     Make one with `from_token_ids`, `from_levels` or `from_parents`. Several rows may end at one node, inner
-    ones included, and a node may have no rows. A tree may be empty (no nodes, no rows). Trees are immutable,
-    compare by value (token ids included) and can be dictionary keys; the input is copied, and every array
-    they return is read-only.
+    ones included; a node may have no rows, a tree no nodes. Trees are immutable, compare by value (token ids
+    included) and can be dictionary keys; the input is copied, every array they return is read-only.
 
     Attributes
     ----------
@@ -243,17 +242,18 @@ class PrefixTree:
         node = as_index(node, "node", self.num_nodes, "nodes")
         return self.token_ids[self.kv_offsets[node] : self.kv_offsets[node + 1]]
 
-    def fork(self, counts: object = 1) -> PrefixTree:
+    def fork(self, counts: object = 1, *, in_place: bool = False) -> PrefixTree:
         """Return the tree in which row r goes on as counts[r] rows (int64 [num_rows] or one number for all).
 
-        Each goes on in a new, empty node of its own; these follow the old nodes, row after row. Nothing is
-        copied: what a row held so far is shared, and its last node need not be full.
+        Each goes on in a new, empty node of its own (but, `in_place`, a row that goes on alone where it is);
+        these follow the old nodes, row after row. Nothing is copied: what a row held so far is shared, and
+        its last node need not be full.
 
         >>> tree = PrefixTree.from_parents([-1, 0, 0], [10, 3, 4]).fork([2, 1])
         >>> tree.parents, tree.row_to_node
         (array([-1,  0,  0,  1,  1,  2]), array([3, 4, 5]))
         """
-        return PrefixTree(*forked(self._arrays, counts))
+        return PrefixTree(*forked(self._arrays, counts, in_place))
 
     def unshared(self) -> PrefixTree:
         """Return the tree that shares nothing: row i has a root of its own, node i, with all its tokens."""
@@ -261,8 +261,7 @@ class PrefixTree:
 
     def describe(self, max_lines: int = 40) -> str:
         """Return a readable picture of at most `max_lines` lines, between a heading and the totals."""
-        row_counts = self.row_end - self.row_begin
-        lines = as_positive_int(max_lines, "max_lines")
+        lines, row_counts = as_positive_int(max_lines, "max_lines"), self.row_end - self.row_begin
         return tree_text(self.parents, self.kv_lens, self.row_to_node, row_counts, lines)
 
     def __str__(self) -> str:
@@ -291,7 +290,7 @@ class PrefixTree:
 
     @cached_property
     def _hash(self) -> int:
-        # Without the token ids, of which there may be millions: the structure tells most trees apart.
+        # without the token ids, of which there may be millions
         return hash(tuple(None if array is None else array.tobytes() for array in self._arrays[:3]))
 
     def __reduce__(self) -> tuple[type[PrefixTree], tuple[IntArray | None, ...]]:

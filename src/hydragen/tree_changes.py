@@ -12,8 +12,10 @@ _MOST_ROWS = 2**27
 Arrays = tuple[IntArray, IntArray | None, IntArray, IntArray | None]
 
 
-def forked(arrays: Arrays, counts: object) -> Arrays:
-    """Give row r counts[r] successors, each at a new, empty node under its own."""
+def forked(arrays: Arrays, counts: object, in_place: bool) -> Arrays:
+    """Give row r counts[r] successors, each at a new, empty node below; `in_place`: one alone stays."""
+    if not isinstance(in_place, bool):
+        raise TypeError(f"in_place must be True or False, got {in_place!r}; convert it with bool()")
     parents, kv_lens, row_to_node, token_ids = arrays
     given = np.full(row_to_node.size, counts) if isinstance(counts, (int, np.integer)) else counts
     each = as_int_vector(given, "counts")
@@ -28,9 +30,11 @@ def forked(arrays: Arrays, counts: object) -> Arrays:
             f"counts must give at most {_MOST_ROWS} rows in all, got {rows:.3g}; give the number of rows "
             "that each row goes on as"
         )
-    above = np.repeat(row_to_node, each)
+    ends, below = np.repeat(row_to_node, each), np.repeat(~(in_place & (each == 1)), each)
+    above = ends[below]
     lengths = None if kv_lens is None else np.append(kv_lens, np.zeros(above.size, np.int64))
-    return np.append(parents, above), lengths, parents.size + np.arange(above.size), token_ids
+    ends[below] = parents.size + np.arange(above.size)
+    return np.append(parents, above), lengths, ends, token_ids
 
 
 def unshared(arrays: Arrays, paths: list[IntArray]) -> Arrays:

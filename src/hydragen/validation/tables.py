@@ -55,7 +55,10 @@ def tensors_of(kv: object, tables: Tables, num_levels: int | None) -> list[tuple
     if isinstance(kv, (PackedKV, PagedKV)):
         return [_of_all_nodes(kv, tables, num_levels)]
     if isinstance(kv, str) or not isinstance(kv, Sequence):
-        raise TypeError(f"kv must be as the plan was made for, tensors in pairs (k, v), got {kind(kv)}")
+        raise TypeError(
+            f"kv must be as the plan was made for, tensors in pairs (k, v), got {kind(kv)}; of a pool in one "
+            "tensor pass (pool[:, 0], pool[:, 1])"
+        )
     if num_levels is None:
         if len(kv) != 2:
             raise ValueError(

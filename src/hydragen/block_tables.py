@@ -1,0 +1,115 @@
+"""Block tables, as inference engines keep them, as a tree: rows whose tables begin alike share its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Tensor
+
+from hydragen.host_ints import IntArray, as_int_vector, as_positive_int
+from hydragen.kv import PagedKV
+from hydragen.tree import PrefixTree
+from hydragen.tree_checks import listed
+
+
+def from_block_tables(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Iterable[object],
+    seq_lens: object,
+    *,
+    new_tokens: int = 0,
+    min_shared: int = 1,
+) -> tuple[PrefixTree, PagedKV]:
+    """Find what rows share whose pages are listed row by row, as in vLLM and PagedAttention.
+
+    Rows share the pages in which their tables begin alike, as far as these are full. The tree holds its
+    nodes' tokens (`kv_lens`): where lengths grow, pass them to `plan` in a tensor.
+
+    Parameters
+    ----------
+    k_cache : tensor [num_pages, page_size, num_kv_heads, head_dim]
+    v_cache : tensor [num_pages, page_size, num_kv_heads, head_dim_v]
+        The pool, as in `PagedKV`.
+    block_tables : integers [num_rows, most pages of a row], or a list of page numbers per row; on the host
+        Entries after those that a row's tokens need are not looked at.
+    seq_lens : integers [num_rows], on the host
+        Tokens of each row that are in the pool.
+    new_tokens : int
+        Tokens for which each row shall have room besides, in pages of its own that its table lists: it then
+        ends at a node of its own, to which `Plan.append` can write.
+    min_shared : int
+        Pages that a run must have for a segment of its own, as in `PrefixTree.from_token_ids`.
+
+    Returns
+    -------
+    (PrefixTree, PagedKV)
+        Row r's path is its sequence; node i has the pages that it fills, and those for new tokens.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If tables are too short for the tokens, or name pages outside of the pool.
+
+    Examples
+    --------
+    >>> import torch
+    >>> pool = torch.randn(2, 8, 16, 2, 64)
+    >>> tree, kv = from_block_tables(*pool, [[1, 2, 3], [1, 2, 5]], [40, 33])
+    >>> tree.parents, tree.kv_lens, kv.page_indices
+    (array([-1,  0,  0]), array([32,  8,  1]), array([1, 2, 3, 5]))
+    """
+    num_pages, size = _sizes(k_cache)
+    rows = listed(block_tables, "block_tables", "lists of page numbers, one per row")
+    lens = as_int_vector(seq_lens, "seq_lens")
+    if lens.size != len(rows) or (lens < 0).any():
+        raise ValueError(
+            f"seq_lens must hold a number of at least 0 for each of the {len(rows)} rows of block_tables, "
+            f"got {lens.tolist()}; give the tokens of each row"
+        )
+    room = as_positive_int(new_tokens, "new_tokens", least=0)
+    named = [_named(i, table, int(lens[i]), room, num_pages, size) for i, table in enumerate(rows)]
+    found = PrefixTree.from_token_ids(named, min_shared=as_positive_int(min_shared, "min_shared"))
+    names = np.zeros(0, np.int64) if found.token_ids is None else found.token_ids
+    which, pages = np.divmod(names, max(num_pages, 1))
+    held = np.where(which == 0, size, (which - 1) % (size + 1))  # tokens of each page
+    offsets = found.kv_offsets
+    kv_lens = np.diff(np.append(0, np.cumsum(held))[offsets])
+    tree = PrefixTree.from_parents(found.parents, kv_lens, row_to_node=found.row_to_node)
+    return tree, PagedKV(k_cache, v_cache, offsets, pages)
+
+
+def _sizes(k_cache: object) -> tuple[int, int]:
+    if not isinstance(k_cache, Tensor) or k_cache.dim() != 4:
+        got = f"shape {list(k_cache.shape)}" if isinstance(k_cache, Tensor) else type(k_cache).__name__
+        raise TypeError(
+            f"k_cache must be a tensor [num_pages, page_size, num_kv_heads, head_dim], got {got}; of a "
+            "pool in one tensor pass pool[:, 0] and pool[:, 1]"
+        )
+    return k_cache.shape[0], k_cache.shape[1]
+
+
+def _named(row: int, table: object, length: int, room: int, num_pages: int, size: int) -> IntArray:
+    """Return the row's pages by names that are alike where pages may be shared: a full page's is its number.
+
+    Names of other pages say as well how many tokens they hold, since rows may fill one page differently far;
+    and whose they are if tokens are to come.
+    """
+    entries = as_int_vector(table, f"block_tables[{row}]")
+    count = -(-(length + room) // max(size, 1))
+    if entries.size < count:
+        raise ValueError(
+            f"block_tables[{row}] must list {count} pages for {length} tokens"
+            f"{f' and {room} new ones' * bool(room)}, got {entries.size}; take pages before"
+        )
+    used = entries[:count]
+    wrong = (used < 0) | (used >= num_pages)
+    if wrong.any():
+        raise ValueError(
+            f"block_tables[{row}] must hold pages of the pool, 0 to {num_pages - 1}, got "
+            f"{used[int(wrong.argmax())]}; list the pages that hold the row's {length} tokens first"
+        )
+    held = np.clip(length - np.arange(count) * size, 0, size)
+    whose = 1 + held + (size + 1) * (row if room else 0)
+    return np.where(held == size, used, whose * num_pages + used)
