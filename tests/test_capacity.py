@@ -41,6 +41,20 @@ def others() -> Iterator[PrefixTree]:
         yield PrefixTree.from_parents(parents, lens, row_to_node=rng.integers(0, nodes, ROWS))
 
 
+def test_rows_of_a_large_tile_may_come_as_items_of_smaller_ones() -> None:
+    """A tree of one prefix has room for one whose nodes are all smaller: as many rows, in more items."""
+    one = PrefixTree.from_parents([-1], [4096], row_to_node=[0] * ROWS)
+    tiles = lasting_tiles(plan_of(one, 4))
+    capacity = capacity_for(plan_of(one, 4, tiles), 1.0)
+    launched = {launch.tile: launch.items.shape[0] for launch in plan_of(one, 4, tiles).work.launches}
+    assert len(launched) == 1
+    rows = sum(tile.block_m * items for tile, items in launched.items())
+    (largest,) = launched
+    for tile, _, items in capacity.launches:
+        if tile.block_m < largest.block_m:
+            assert items >= rows // tile.block_m
+
+
 @pytest.mark.parametrize("name", [None, *PREFIX_TILES])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_other_trees_are_attended_whole(

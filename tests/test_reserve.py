@@ -173,3 +173,16 @@ def test_growth_by_more_than_a_call_can_write() -> None:
         plan.append(pair, new[0], new[1])
     plan.update(torch.tensor([8, 1, 1, 4, 1]))
     plan.append(pair, new[0], new[1])
+
+
+def test_pages_that_change_between_growing_and_appending() -> None:
+    tree = PrefixTree.from_parents([-1])
+    pool, new = torch.zeros(2, 4, PAGE, KV_HEADS, DIM), torch.ones(1, 1, KV_HEADS, DIM)
+    kv = PagedKV(pool[0], pool[1], [0, 1], [0])
+    plan = hydragen.plan(tree, kv, num_q_heads=HEADS, kv_lens=torch.tensor([1]))
+    plan.update(torch.tensor([2]))
+    plan.append((pool[0], pool[1]), 0 * new, 0 * new)  # from here on places are computed at every update
+    plan.update(torch.tensor([3]))
+    plan.update(page_indices=[2])
+    plan.append((pool[0], pool[1]), new, new)
+    assert pool.sum((3, 4)).nonzero().tolist() == [[0, 2, 2], [1, 2, 2]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hydragen
-from hydragen import PrefixTree, tuning
+from hydragen import PrefixTree, planned, tuning
 from hydragen.prefix_tiles import PREFIX_TILES, PrefixTile
 from hydragen.queries import Heads, Queries
 from hydragen.target import H200, Target
@@ -81,9 +81,11 @@ def test_a_plan_says_that_its_lengths_grow(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tuning, "warp_tile_for", spy)
     tree = PrefixTree.from_levels([[4096], [128] * 256])
     levels = [(torch.zeros(n, keys, 8, 128).bfloat16(),) * 2 for n, keys in ((1, 4096), (256, 128))]
-    for lens in ([None, None], [None, torch.full((256,), 3)]):
-        hydragen.plan(tree, levels, num_q_heads=32, kv_lens=lens).explain()
-    assert {reads[0], reads[-1]} == {1.0, 80 / 72}
+    monkeypatch.setattr(planned, "target_of", lambda _: H200)
+    for lens, expected in ((None, 1.0), (torch.full((256,), 3), 80 / 72)):
+        hydragen.plan(tree, levels, num_q_heads=32, kv_lens=[None, lens]).explain()
+        assert reads == [expected, expected]  # of the plan, and of what it says of itself
+        reads.clear()
 
 
 def smallest(
@@ -199,6 +201,11 @@ def test_nothing_else_in_the_launch_that_merges() -> None:
     for shared in (1, 64, 1024, 5000):
         tree = PrefixTree.from_parents(parents, [1024, shared, *[16] * 64], row_to_node=ends)
         assert merging(tree) is False
+    # as many tokens in the launch as there are, but two of them twice and two (which end at the root) never
+    tree = PrefixTree.from_parents(
+        [-1, 0, 1, 1, *[0] * 60], [4096, 100, *[128] * 62], row_to_node=[2, 3, *range(4, 64), 0, 0]
+    )
+    assert merging(tree) is False
     rng, found = np.random.default_rng(0), 0
     for _ in range(300):
         forks = int(rng.integers(0, 40))

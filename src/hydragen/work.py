@@ -60,7 +60,7 @@ def find_segments(
     page_size : int
         Tokens of a page, 0 without pages.
     growing : bool
-        Some lengths live on the device.
+        Some lengths live on the device: all are taken for capacities then, of which half is in use.
     """
     tiles = tiles_for(target, heads.head_dim, heads.head_dim_v, heads.itemsize)
     tiles = tiles if fixed is None else tuple(fixed)
