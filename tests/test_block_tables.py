@@ -121,6 +121,16 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
         ({"block_tables": [[1, 2], [1, 9]]}, r"block_tables\[1\] must hold pages of the pool, 0 to 8, got 9"),
         ({"block_tables": [[1, 2], [-1, 2]]}, r"block_tables\[1\] must hold pages of the pool"),
         ({"block_tables": [[1, 2], [1.5, 2]]}, r"block_tables\[1\] must hold integers"),
+        (
+            {"block_tables": np.array([[1, 2], [1, 9]])},
+            r"block_tables\[1\] must hold pages .*, got 9; list",
+        ),
+        ({"block_tables": torch.tensor([[1], [1]])}, r"block_tables\[0\] must list 2 pages for 6 tokens"),
+        ({"block_tables": torch.ones(2, 2)}, "block_tables must hold integers"),
+        (
+            {"block_tables": torch.ones(2, 2, device="meta")},
+            "block_tables must be a list, array or CPU tensor",
+        ),
         ({"block_tables": 3}, "block_tables must be a list of lists of page numbers"),
         ({"new_tokens": -1}, "new_tokens must be an integer of at least 0, got -1"),
         ({"new_tokens": 1.0}, "new_tokens must be an integer"),

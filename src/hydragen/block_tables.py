@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydragen.host_ints import IntArray, as_int_vector, as_positive_int
 from hydragen.kv import PagedKV
+from hydragen.radix import build_radix_tree
 from hydragen.tree import PrefixTree
 from hydragen.tree_checks import listed
 
@@ -16,7 +17,7 @@ from hydragen.tree_checks import listed
 def from_block_tables(
     k_cache: Tensor,
     v_cache: Tensor,
-    block_tables: Iterable[object],
+    block_tables: Iterable[object] | Tensor,
     seq_lens: object,
     *,
     new_tokens: int = 0,
@@ -61,20 +62,22 @@ def from_block_tables(
     (array([-1,  0,  0]), array([32,  8,  1]), array([1, 2, 3, 5]))
     """
     num_pages, size = _sizes(k_cache)
-    rows = listed(block_tables, "block_tables", "lists of page numbers, one per row")
-    lens = as_int_vector(seq_lens, "seq_lens")
-    if lens.size != len(rows) or (lens < 0).any():
-        raise ValueError(
-            f"seq_lens must hold a number of at least 0 for each of the {len(rows)} rows of block_tables, "
-            f"got {lens.tolist()}; give the tokens of each row"
-        )
+    least = as_positive_int(min_shared, "min_shared")
     room = as_positive_int(new_tokens, "new_tokens", least=0)
-    named = [_named(i, table, int(lens[i]), room, num_pages, size) for i, table in enumerate(rows)]
-    found = PrefixTree.from_token_ids(named, min_shared=as_positive_int(min_shared, "min_shared"))
-    names = np.zeros(0, np.int64) if found.token_ids is None else found.token_ids
-    which, pages = np.divmod(names, max(num_pages, 1))
+    tables, listed_pages = _matrix(block_tables)
+    lens = as_int_vector(seq_lens, "seq_lens")
+    if lens.size != listed_pages.size or (lens < 0).any():
+        raise ValueError(
+            f"seq_lens must hold a number of at least 0 for each of the {listed_pages.size} rows of "
+            f"block_tables, got {lens.tolist()}; give the tokens of each row"
+        )
+    counts = -(-(lens + room) // max(size, 1))
+    names = _names(tables, listed_pages, counts, lens, room, num_pages, size)
+    rows = [row[:count] for row, count in zip(names, counts.tolist(), strict=True)]
+    found = build_radix_tree(rows, least)
+    which, pages = np.divmod(found.token_ids, max(num_pages, 1))
     held = np.where(which == 0, size, (which - 1) % (size + 1))  # tokens of each page
-    offsets = found.kv_offsets
+    offsets = np.append(0, np.cumsum(found.kv_lens))
     kv_lens = np.diff(np.append(0, np.cumsum(held))[offsets])
     tree = PrefixTree.from_parents(found.parents, kv_lens, row_to_node=found.row_to_node)
     return tree, PagedKV(k_cache, v_cache, offsets, pages)
@@ -90,26 +93,45 @@ def _sizes(k_cache: object) -> tuple[int, int]:
     return k_cache.shape[0], k_cache.shape[1]
 
 
-def _named(row: int, table: object, length: int, room: int, num_pages: int, size: int) -> IntArray:
-    """Return the row's pages by names that are alike where pages may be shared: a full page's is its number.
+def _matrix(block_tables: object) -> tuple[IntArray, IntArray]:
+    """Return the tables, int64 [num_rows, most pages of a row], and how many pages each row lists."""
+    if isinstance(block_tables, np.ndarray | Tensor) and block_tables.ndim == 2:
+        flat = as_int_vector(block_tables.reshape(-1), "block_tables")
+        tables = flat.reshape(tuple(block_tables.shape))
+        return tables, np.full(tables.shape[0], tables.shape[1])
+    rows = listed(block_tables, "block_tables", "lists of page numbers, one per row")
+    vectors = [as_int_vector(row, f"block_tables[{i}]") for i, row in enumerate(rows)]
+    sizes = np.array([vector.size for vector in vectors], np.int64)
+    tables = np.zeros((sizes.size, int(sizes.max(initial=0))), np.int64)
+    for row, vector in zip(tables, vectors, strict=True):
+        row[: vector.size] = vector
+    return tables, sizes
 
-    Names of other pages say as well how many tokens they hold, since rows may fill one page differently far;
-    and whose they are if tokens are to come.
+
+def _names(
+    tables: IntArray, sizes: IntArray, counts: IntArray, lens: IntArray, room: int, num_pages: int, size: int
+) -> IntArray:
+    """Return the first counts[r] pages of row r by names that are alike where rows may share them.
+
+    A full page's name is its number. Those of others say as well how many tokens they hold, since rows may
+    fill one page differently far; and whose they are if tokens are to come.
     """
-    entries = as_int_vector(table, f"block_tables[{row}]")
-    count = -(-(length + room) // max(size, 1))
-    if entries.size < count:
+    if (sizes < counts).any():
+        row = int((sizes < counts).argmax())
         raise ValueError(
-            f"block_tables[{row}] must list {count} pages for {length} tokens"
-            f"{f' and {room} new ones' * bool(room)}, got {entries.size}; take pages before"
+            f"block_tables[{row}] must list {counts[row]} pages for {lens[row]} tokens"
+            f"{f' and {room} new ones' * bool(room)}, got {sizes[row]}; take pages before"
         )
-    used = entries[:count]
-    wrong = (used < 0) | (used >= num_pages)
+    used = tables[:, : int(counts.max(initial=0))]
+    at = np.arange(used.shape[1])
+    wrong = ((used < 0) | (used >= num_pages)) & (at < counts[:, None])
     if wrong.any():
+        row = int(wrong.any(1).argmax())
         raise ValueError(
             f"block_tables[{row}] must hold pages of the pool, 0 to {num_pages - 1}, got "
-            f"{used[int(wrong.argmax())]}; list the pages that hold the row's {length} tokens first"
+            f"{used[row, int(wrong[row].argmax())]}; list first the pages of the row's {lens[row]} tokens"
         )
-    held = np.clip(length - np.arange(count) * size, 0, size)
-    whose = 1 + held + (size + 1) * (row if room else 0)
-    return np.where(held == size, used, whose * num_pages + used)
+    held = np.clip(lens[:, None] - at * size, 0, size)
+    whose = 1 + held + (size + 1) * (np.arange(lens.size)[:, None] if room else 0)
+    named: IntArray = np.where(held == size, used, whose * num_pages + used)
+    return named
