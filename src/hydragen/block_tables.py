@@ -13,6 +13,9 @@ from hydragen.radix import build_radix_tree
 from hydragen.tree import PrefixTree
 from hydragen.tree_checks import listed
 
+# Of a row: lengths are int32 on the device.
+_MOST_TOKENS = 2**31
+
 
 def from_block_tables(
     k_cache: Tensor,
@@ -66,9 +69,9 @@ def from_block_tables(
     room = as_positive_int(new_tokens, "new_tokens", least=0)
     tables, listed_pages = _matrix(block_tables)
     lens = as_int_vector(seq_lens, "seq_lens")
-    if lens.size != listed_pages.size or (lens < 0).any():
+    if lens.size != listed_pages.size or (lens < 0).any() or (lens >= _MOST_TOKENS).any():
         raise ValueError(
-            f"seq_lens must hold a number of at least 0 for each of the {listed_pages.size} rows of "
+            f"seq_lens must hold a number from 0 to 2**31 - 1 for each of the {listed_pages.size} rows of "
             f"block_tables, got {lens.tolist()}; give the tokens of each row"
         )
     counts = -(-(lens + room) // max(size, 1))
