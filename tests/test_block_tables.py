@@ -132,6 +132,15 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
             {"block_tables": torch.ones(2, 2, device="meta")},
             "block_tables must be a list, array or CPU tensor",
         ),
+        (
+            {"block_tables": [[1, 2], [1, 2]], "seq_lens": [6, 6], "new_tokens": 1},
+            r"a page for new tokens in one place only, got page 2 in the rows \[0, 1\]; copy it",
+        ),
+        (
+            {"block_tables": [[1, 2], [2, 3]], "seq_lens": [6, 6], "new_tokens": 1},
+            r"got page 2 in the rows \[0, 1\]",
+        ),
+        ({"block_tables": [[1, 2, 2]], "seq_lens": [6], "new_tokens": 5}, r"got page 2 in the rows \[0\]"),
         ({"block_tables": 3}, "block_tables must be a list of lists of page numbers"),
         ({"new_tokens": -1}, "new_tokens must be an integer of at least 0, got -1"),
         ({"new_tokens": 1.0}, "new_tokens must be an integer"),

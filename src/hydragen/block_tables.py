@@ -13,6 +13,7 @@ from hydragen.radix import build_radix_tree
 from hydragen.tree import PrefixTree
 from hydragen.tree_checks import listed
 
+BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 # Of a row: lengths are int32 on the device.
 _MOST_TOKENS = 2**31
 
@@ -54,7 +55,7 @@ def from_block_tables(
     Raises
     ------
     TypeError, ValueError
-        If tables are too short for the tokens, or name pages outside of the pool.
+        If tables are too short for the tokens, name pages outside of the pool, or one for new tokens twice.
 
     Examples
     --------
@@ -134,7 +135,22 @@ def _names(
             f"block_tables[{row}] must hold pages of the pool, 0 to {num_pages - 1}, got "
             f"{used[row, int(wrong[row].argmax())]}; list first the pages of the row's {lens[row]} tokens"
         )
+    if room:
+        _check_written(used, at < counts[:, None], at >= (lens // max(size, 1))[:, None], num_pages)
     held = np.clip(lens[:, None] - at * size, 0, size)
     whose = 1 + held + (size + 1) * (np.arange(lens.size)[:, None] if room else 0)
     named: IntArray = np.where(held == size, used, whose * num_pages + used)
     return named
+
+
+def _check_written(used: IntArray, listed_here: BoolArray, later: BoolArray, num_pages: int) -> None:
+    """Raise if a page in which new tokens go, of those from `later` on, is listed once more."""
+    times = np.bincount(used[listed_here], minlength=num_pages)
+    wrong = listed_here & later & (times[np.where(listed_here, used, 0)] > 1)
+    if wrong.any():
+        page = used[wrong][0]
+        rows = (listed_here & (used == page)).any(1).nonzero()[0].tolist()
+        raise ValueError(
+            f"block_tables must list a page for new tokens in one place only, got page {page} in the rows "
+            f"{rows}; copy it for all but one of them before"
+        )
