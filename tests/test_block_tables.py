@@ -100,6 +100,8 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
     assert tree.row_to_node.tolist() == [1, 1, 2, 3]
     assert tree.kv_lens.tolist() == [4, 2, 3, 5]
     assert list(kv.page_indices) == [1, 2, 2, 2, 3]
+    split, _ = hydragen.from_block_tables(k, v, [[1, 2], [1, 3]], [8, 8], min_shared=2)
+    assert split.parents.tolist() == [-1, -1]
     alone, _ = hydragen.from_block_tables(k, v, [[1, 2], [1, 2]], [8, 8], new_tokens=0, min_shared=3)
     assert (alone.num_nodes, alone.kv_lens.sum()) == (1, 8)  # the same rows still end at one node
     apart, kv = hydragen.from_block_tables(k, v, [[1, 2, 5], [1, 2, 6]], [8, 8], new_tokens=1)
@@ -114,12 +116,15 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"seq_lens": [6]}, "seq_lens must hold a number from 0 to .* for each of the 2 rows"),
-        ({"seq_lens": [6, -1]}, "seq_lens must hold"),
+        ({"seq_lens": [6]}, "seq_lens must hold a number for each of the 2 rows of block_tables, got 1"),
+        ({"seq_lens": [6, -1]}, "seq_lens must hold numbers from 0 to .*, got -1 for row 1"),
         ({"seq_lens": [6, 2**63 - 1]}, "seq_lens must hold"),
         ({"seq_lens": [6, 9]}, r"block_tables\[1\] must list 3 pages for 9 tokens, got 2"),
         ({"new_tokens": 3}, r"block_tables\[0\] must list 3 pages for 6 tokens and 3 new ones, got 2"),
-        ({"block_tables": [[1, 2], [1, 9]]}, r"block_tables\[1\] must hold pages of the pool, 0 to 8, got 9"),
+        (
+            {"block_tables": [[1, 2], [1, 9]]},
+            r"block_tables\[1\] must hold pages of the pool, which has 9, got 9",
+        ),
         ({"block_tables": [[1, 2], [-1, 2]]}, r"block_tables\[1\] must hold pages of the pool"),
         ({"block_tables": [[1, 2], [1.5, 2]]}, r"block_tables\[1\] must hold integers"),
         (
@@ -130,11 +135,11 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
         ({"block_tables": torch.ones(2, 2)}, "block_tables must hold integers"),
         (
             {"block_tables": torch.ones(2, 2, device="meta")},
-            "block_tables must be a list, array or CPU tensor",
+            r"must be .* a dense CPU tensor .* on meta; pass",
         ),
         (
             {"block_tables": [[1, 2], [1, 2]], "seq_lens": [6, 6], "new_tokens": 1},
-            r"a page for new tokens in one place only, got page 2 in the rows \[0, 1\]; copy it",
+            r"new tokens places that no other row has, got page 2 in the rows \[0, 1\]; copy it",
         ),
         (
             {"block_tables": [[1, 2], [2, 3]], "seq_lens": [6, 6], "new_tokens": 1},
@@ -142,8 +147,9 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
         ),
         ({"block_tables": [[1, 2, 2]], "seq_lens": [6], "new_tokens": 5}, r"got page 2 in the rows \[0\]"),
         ({"block_tables": 3}, "block_tables must be a list of lists of page numbers"),
-        ({"new_tokens": -1}, "new_tokens must be an integer of at least 0, got -1"),
-        ({"new_tokens": 1.0}, "new_tokens must be an integer"),
+        ({"new_tokens": -1}, "new_tokens must hold numbers from 0 to .*, got -1 for row 0"),
+        ({"new_tokens": 1.0}, "new_tokens must"),
+        ({"new_tokens": [1]}, "new_tokens must hold a number for each of the 2 rows"),
         ({"min_shared": 0}, "min_shared must be an integer of at least 1"),
         ({"k_cache": torch.zeros(9, 2, 4, 2, 16)}, r"k_cache must be a tensor .* pass pool\[:, 0\]"),
         ({"k_cache": None}, "k_cache must be a tensor .* got NoneType"),
@@ -163,3 +169,24 @@ def test_what_holds_keys_and_values_is_shown_by_shapes() -> None:
         "PagedKV(k_cache=float32 [9, 4, 2, 16] on cpu, v_cache=float32 [9, 4, 2, 16] on cpu, "
         "page_indptr=2 integers, page_indices=2 integers)"
     )
+
+
+def test_rows_that_have_finished_need_no_room() -> None:
+    """As engines fill a batch up, with page 0; and two whose last page another row goes on in."""
+    k, v = pool(9, 4).unbind(1)
+    tables, lens = [[1, 2], [0, 0], [0, 0], [1, 2], [1, 2], [1]], [6, 0, 0, 6, 6, 4]
+    tree, kv = hydragen.from_block_tables(k, v, tables, lens, new_tokens=[1, 0, 0, 0, 0, 0])
+    assert tree.path_lens.tolist() == lens
+    plan = hydragen.plan(tree, kv, num_q_heads=HEADS, kv_lens=torch.tensor(tree.kv_lens))
+    grown = tree.kv_lens.copy()
+    grown[tree.row_to_node[0]] += 1
+    plan.update(torch.tensor(grown), validate=True)
+    new, before = torch.randn(2, 6, 1, KV_HEADS, DIM), k.clone()
+    plan.append((k, v), new[0], new[1])
+    before[2, 2] = new[0, 0, 0]
+    assert torch.equal(k, before)
+    q = torch.randn(6, 1, HEADS, DIM)
+    expected = dense(q, torch.stack([k, v], 1), tables, [7, *lens[1:]])
+    torch.testing.assert_close(plan.run(q, (k, v)), expected)
+    with pytest.raises(ValueError, match="new tokens places that no other row has, got page 2"):
+        hydragen.from_block_tables(k, v, tables[:4], [6, 0, 0, 7], new_tokens=[1, 0, 0, 0])

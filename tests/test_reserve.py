@@ -186,3 +186,27 @@ def test_pages_that_change_between_growing_and_appending() -> None:
     plan.update(page_indices=[2])
     plan.append((pool[0], pool[1]), new, new)
     assert pool.sum((3, 4)).nonzero().tolist() == [[0, 2, 2], [1, 2, 2]]
+
+
+def test_what_counts_as_growth() -> None:
+    tree, kv, plan = planned(3.0)
+    pair, new = (kv.k_cache, kv.v_cache), normal(2, 4, 1, KV_HEADS, DIM, seed=7)
+    plan.update(torch.tensor([8, 2, 2, 2, 2]))
+    plan.append(pair, new[0], new[1])
+    again = torch.tensor([8, 2, 2, 2, 2])
+    plan.update(again, tree=tree, kv=kv)
+    with pytest.raises(ValueError, match="append needs an update of kv_lens without tree or kv"):
+        plan.append(pair, new[0], new[1])  # what grew before the tree changed is not new any more
+    plan.update(torch.tensor([8, 7, 7, 7, 7]))
+    before = kv.k_cache.clone()
+    plan.update(torch.tensor([8, 1, 1, 1, 1]))  # tokens are taken back, as many as one likes
+    plan.append(pair, new[0], new[1])
+    assert torch.equal(kv.k_cache, before)
+
+
+def test_rows_at_empty_nodes_with_room_have_not_finished() -> None:
+    tree, kv, plan = planned(3.0)
+    pair, new = (kv.k_cache, kv.v_cache), normal(2, 4, 1, KV_HEADS, DIM, seed=7)
+    plan.update(torch.tensor([8, 0, 0, 0, 0]), tree=tree, kv=kv)
+    with pytest.raises(ValueError, match="append needs an update of kv_lens without tree or kv"):
+        plan.append(pair, new[0], new[1])

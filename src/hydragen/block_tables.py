@@ -24,7 +24,7 @@ def from_block_tables(
     block_tables: Iterable[object] | Tensor,
     seq_lens: object,
     *,
-    new_tokens: int = 0,
+    new_tokens: object = 0,
     min_shared: int = 1,
 ) -> tuple[PrefixTree, PagedKV]:
     """Find what rows share whose pages are listed row by row, as in vLLM and PagedAttention.
@@ -38,12 +38,12 @@ def from_block_tables(
     v_cache : tensor [num_pages, page_size, num_kv_heads, head_dim_v]
         The pool, as in `PagedKV`.
     block_tables : integers [num_rows, most pages of a row], or a list of page numbers per row; on the host
-        Entries after those that a row's tokens need are not looked at.
+        Entries after those that a row's tokens need may be any integers.
     seq_lens : integers [num_rows], on the host
         Tokens of each row that are in the pool.
-    new_tokens : int
+    new_tokens : int, or integers [num_rows]
         Tokens for which each row shall have room besides, in pages of its own that its table lists: it then
-        ends at a node of its own, to which `Plan.append` can write.
+        ends at a node of its own, to which `Plan.append` can write. 0 for rows that have finished.
     min_shared : int
         Pages that a run must have for a segment of its own, as in `PrefixTree.from_token_ids`.
 
@@ -55,7 +55,8 @@ def from_block_tables(
     Raises
     ------
     TypeError, ValueError
-        If tables are too short for the tokens, name pages outside of the pool, or one for new tokens twice.
+        If tables are too short for the tokens, name pages outside of the pool, or give new tokens a place
+        that another row has.
 
     Examples
     --------
@@ -67,23 +68,29 @@ def from_block_tables(
     """
     num_pages, size = _sizes(k_cache)
     least = as_positive_int(min_shared, "min_shared")
-    room = as_positive_int(new_tokens, "new_tokens", least=0)
-    tables, listed_pages = _matrix(block_tables)
+    tables, sizes = _matrix(block_tables)
     lens = as_int_vector(seq_lens, "seq_lens")
-    if lens.size != listed_pages.size or (lens < 0).any() or (lens >= _MOST_TOKENS).any():
-        raise ValueError(
-            f"seq_lens must hold a number from 0 to 2**31 - 1 for each of the {listed_pages.size} rows of "
-            f"block_tables, got {lens.tolist()}; give the tokens of each row"
-        )
+    one = isinstance(new_tokens, int | np.integer)
+    room = as_int_vector(np.full(sizes.size, new_tokens) if one else new_tokens, "new_tokens")
+    for numbers, name in ((lens, "seq_lens"), (room, "new_tokens")):
+        _check_counts(numbers, name, sizes.size)
     counts = -(-(lens + room) // max(size, 1))
-    names = _names(tables, listed_pages, counts, lens, room, num_pages, size)
+    names = _names(tables, sizes, counts, lens, room, num_pages, size)
     rows = [row[:count] for row, count in zip(names, counts.tolist(), strict=True)]
     found = build_radix_tree(rows, least)
     which, pages = np.divmod(found.token_ids, max(num_pages, 1))
     held = np.where(which == 0, size, (which - 1) % (size + 1))  # tokens of each page
     offsets = np.append(0, np.cumsum(found.kv_lens))
     kv_lens = np.diff(np.append(0, np.cumsum(held))[offsets])
-    tree = PrefixTree.from_parents(found.parents, kv_lens, row_to_node=found.row_to_node)
+    parents, ends = found.parents, found.row_to_node
+    if room.any():
+        # rows that have finished end at empty nodes without pages: so `append` knows them
+        above, which = np.unique(ends[room == 0], return_inverse=True)
+        ends = ends.copy()
+        ends[room == 0] = parents.size + which
+        parents, kv_lens = np.append(parents, above), np.append(kv_lens, np.zeros(above.size, np.int64))
+        offsets = np.append(offsets, np.full(above.size, offsets[-1]))
+    tree = PrefixTree.from_parents(parents, kv_lens, row_to_node=ends)
     return tree, PagedKV(k_cache, v_cache, offsets, pages)
 
 
@@ -97,13 +104,46 @@ def _sizes(k_cache: object) -> tuple[int, int]:
     return k_cache.shape[0], k_cache.shape[1]
 
 
+def _check_counts(numbers: IntArray, name: str, num_rows: int) -> None:
+    if numbers.size != num_rows:
+        raise ValueError(
+            f"{name} must hold a number for each of the {num_rows} rows of block_tables, got {numbers.size}; "
+            "give the tokens of each row"
+        )
+    wrong = (numbers < 0) | (numbers >= _MOST_TOKENS)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"{name} must hold numbers from 0 to 2**31 - 1, got {numbers[row]} for row {row}; give the "
+            "tokens of each row"
+        )
+
+
 def _matrix(block_tables: object) -> tuple[IntArray, IntArray]:
     """Return the tables, int64 [num_rows, most pages of a row], and how many pages each row lists."""
-    if isinstance(block_tables, np.ndarray | Tensor) and block_tables.ndim == 2:
+    if isinstance(block_tables, Tensor):
+        given = block_tables
+        try:
+            block_tables = given.numpy()
+        except (TypeError, RuntimeError, ValueError):  # elsewhere, sparse, nested, bfloat16, without data
+            raise TypeError(
+                "block_tables must be lists, an array or a dense CPU tensor of integers, got "
+                f"{given.dtype} ({given.layout}) on {given.device}; pass block_tables.long().cpu()"
+            ) from None
+    if isinstance(block_tables, np.ndarray):
+        if block_tables.ndim != 2:
+            raise ValueError(
+                "block_tables must be [num_rows, most pages of a row], got shape "
+                f"{list(block_tables.shape)}; give a list of page numbers for each row"
+            )
         flat = as_int_vector(block_tables.reshape(-1), "block_tables")
-        tables = flat.reshape(tuple(block_tables.shape))
-        return tables, np.full(tables.shape[0], tables.shape[1])
+        return flat.reshape(block_tables.shape), np.full(block_tables.shape[0], block_tables.shape[1])
     rows = listed(block_tables, "block_tables", "lists of page numbers, one per row")
+    if rows and isinstance(rows[0], int | np.integer):
+        raise TypeError(
+            f"block_tables must be a list of page numbers for each row, got the number {rows[0]} for the "
+            "first; wrap a single table in a list"
+        )
     vectors = [as_int_vector(row, f"block_tables[{i}]") for i, row in enumerate(rows)]
     sizes = np.array([vector.size for vector in vectors], np.int64)
     tables = np.zeros((sizes.size, int(sizes.max(initial=0))), np.int64)
@@ -113,7 +153,13 @@ def _matrix(block_tables: object) -> tuple[IntArray, IntArray]:
 
 
 def _names(
-    tables: IntArray, sizes: IntArray, counts: IntArray, lens: IntArray, room: int, num_pages: int, size: int
+    tables: IntArray,
+    sizes: IntArray,
+    counts: IntArray,
+    lens: IntArray,
+    room: IntArray,
+    num_pages: int,
+    size: int,
 ) -> IntArray:
     """Return the first counts[r] pages of row r by names that are alike where rows may share them.
 
@@ -124,33 +170,40 @@ def _names(
         row = int((sizes < counts).argmax())
         raise ValueError(
             f"block_tables[{row}] must list {counts[row]} pages for {lens[row]} tokens"
-            f"{f' and {room} new ones' * bool(room)}, got {sizes[row]}; take pages before"
+            f"{f' and {room[row]} new ones' * bool(room[row])}, got {sizes[row]}; take pages before"
         )
     used = tables[:, : int(counts.max(initial=0))]
     at = np.arange(used.shape[1])
-    wrong = ((used < 0) | (used >= num_pages)) & (at < counts[:, None])
+    needed = at < counts[:, None]
+    wrong = ((used < 0) | (used >= num_pages)) & needed
     if wrong.any():
         row = int(wrong.any(1).argmax())
         raise ValueError(
-            f"block_tables[{row}] must hold pages of the pool, 0 to {num_pages - 1}, got "
+            f"block_tables[{row}] must hold pages of the pool, which has {num_pages}, got "
             f"{used[row, int(wrong[row].argmax())]}; list first the pages of the row's {lens[row]} tokens"
         )
-    if room:
-        _check_written(used, at < counts[:, None], at >= (lens // max(size, 1))[:, None], num_pages)
     held = np.clip(lens[:, None] - at * size, 0, size)
-    whose = 1 + held + (size + 1) * (np.arange(lens.size)[:, None] if room else 0)
+    written = needed & (at >= (lens // max(size, 1))[:, None]) & (room > 0)[:, None]
+    _check_written(used, needed, written, held, num_pages)
+    whose = 1 + held + (size + 1) * np.where(room > 0, np.arange(lens.size) + 1, 0)[:, None]
     named: IntArray = np.where(held == size, used, whose * num_pages + used)
     return named
 
 
-def _check_written(used: IntArray, listed_here: BoolArray, later: BoolArray, num_pages: int) -> None:
-    """Raise if a page in which new tokens go, of those from `later` on, is listed once more."""
-    times = np.bincount(used[listed_here], minlength=num_pages)
-    wrong = listed_here & later & (times[np.where(listed_here, used, 0)] > 1)
+def _check_written(
+    used: IntArray, needed: BoolArray, written: BoolArray, held: IntArray, num_pages: int
+) -> None:
+    """Raise if two rows write to a page, or one writes where another has tokens."""
+    pages = used[written]
+    if not pages.size:
+        return
+    writers, most = np.bincount(pages, minlength=num_pages), np.zeros(num_pages, np.int64)
+    np.maximum.at(most, used[needed], held[needed])
+    wrong = (writers[pages] > 1) | (most[pages] > held[written])
     if wrong.any():
-        page = used[wrong][0]
-        rows = (listed_here & (used == page)).any(1).nonzero()[0].tolist()
+        page = pages[wrong][0]
+        rows = (needed & (used == page)).any(1).nonzero()[0].tolist()
         raise ValueError(
-            f"block_tables must list a page for new tokens in one place only, got page {page} in the rows "
+            f"block_tables must give new tokens places that no other row has, got page {page} in the rows "
             f"{rows}; copy it for all but one of them before"
         )

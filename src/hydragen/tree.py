@@ -245,9 +245,9 @@ class PrefixTree:
     def fork(self, counts: object = 1, *, in_place: bool = False) -> PrefixTree:
         """Return the tree in which row r goes on as counts[r] rows (int64 [num_rows] or one number for all).
 
-        Each goes on in a new, empty node of its own (but, `in_place`, a row that goes on alone where it is);
-        these follow the old nodes, row after row. Nothing is copied: what a row held so far is shared, and
-        its last node need not be full.
+        Each goes on in a new, empty node of its own (but, `in_place`, a row that goes on alone where it is,
+        even where others end too); these follow the old nodes, row after row. Nothing is copied: what a row
+        held so far is shared, and its last node need not be full.
 
         >>> tree = PrefixTree.from_parents([-1, 0, 0], [10, 3, 4]).fork([2, 1])
         >>> tree.parents, tree.row_to_node

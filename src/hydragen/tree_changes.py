@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import numpy as np
 
 from hydragen.host_ints import IntArray, as_int_vector
@@ -22,7 +24,7 @@ def forked(arrays: Arrays, counts: object, in_place: bool) -> Arrays:
     if each.size != row_to_node.size or (each < 0).any():
         raise ValueError(
             f"counts must hold a number of at least 0 for each of the {row_to_node.size} rows, got "
-            f"{each.tolist()}; 1 lets a row go on alone"
+            f"{reprlib.repr(each.tolist())}; 1 lets a row go on alone"
         )
     rows = float(each.sum(dtype=np.float64))  # a sum of int64 might wrap around
     if rows > _MOST_ROWS:
