@@ -146,6 +146,13 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
             r"got page 2 in the rows \[0, 1\]",
         ),
         ({"block_tables": [[1, 2, 2]], "seq_lens": [6], "new_tokens": 5}, r"got page 2 in the rows \[0\]"),
+        (
+            {"block_tables": [[1, 2], [1, 2]], "seq_lens": [4, 4], "new_tokens": 1},
+            r"page 2 in the rows \[0, 1\]",
+        ),
+        ({"block_tables": torch.ones(2, 2).long().to_sparse()}, r"a dense CPU tensor .*torch.sparse_coo"),
+        ({"block_tables": torch.ones(2).long()}, r"block_tables must be \[num_rows, .* got shape \[2\]"),
+        ({"block_tables": [1, 2]}, "a list of page numbers for each row, got the number 1"),
         ({"block_tables": 3}, "block_tables must be a list of lists of page numbers"),
         ({"new_tokens": -1}, "new_tokens must hold numbers from 0 to .*, got -1 for row 0"),
         ({"new_tokens": 1.0}, "new_tokens must"),

@@ -128,7 +128,7 @@ def _matrix(block_tables: object) -> tuple[IntArray, IntArray]:
         except (TypeError, RuntimeError, ValueError):  # elsewhere, sparse, nested, bfloat16, without data
             raise TypeError(
                 "block_tables must be lists, an array or a dense CPU tensor of integers, got "
-                f"{given.dtype} ({given.layout}) on {given.device}; pass block_tables.long().cpu()"
+                f"{given.dtype} ({given.layout}) on {given.device}; pass it dense, as .long().cpu()"
             ) from None
     if isinstance(block_tables, np.ndarray):
         if block_tables.ndim != 2:
