@@ -158,8 +158,10 @@ def test_pages_that_are_not_full_are_shared_by_rows_that_fill_them_alike() -> No
         ({"new_tokens": 1.0}, "new_tokens must"),
         ({"new_tokens": [1]}, "new_tokens must hold a number for each of the 2 rows"),
         ({"min_shared": 0}, "min_shared must be an integer of at least 1"),
-        ({"k_cache": torch.zeros(9, 2, 4, 2, 16)}, r"k_cache must be a tensor .* pass pool\[:, 0\]"),
-        ({"k_cache": None}, "k_cache must be a tensor .* got NoneType"),
+        ({"k_cache": torch.zeros(9, 2, 4, 2, 16)}, r"k_cache must be \[num_pages, .* views, .* pool\[:, 0\]"),
+        ({"k_cache": None}, "k_cache must be a torch.Tensor, got None"),
+        ({"v_cache": None}, "v_cache must be a torch.Tensor, got None"),
+        ({"v_cache": torch.zeros(8, 4, 2, 16)}, "must have the same num_pages, page_size and num_kv_heads"),
     ],
 )
 def test_wrong_tables(changes: dict[str, Any], match: str) -> None:

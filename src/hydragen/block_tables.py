@@ -12,6 +12,7 @@ from hydragen.kv import PagedKV
 from hydragen.radix import build_radix_tree
 from hydragen.tree import PrefixTree
 from hydragen.tree_checks import listed
+from hydragen.validation.pages import check_pools
 
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 # Of a row: lengths are int32 on the device.
@@ -27,16 +28,17 @@ def from_block_tables(
     new_tokens: object = 0,
     min_shared: int = 1,
 ) -> tuple[PrefixTree, PagedKV]:
-    """Find what rows share whose pages are listed row by row, as in vLLM and PagedAttention.
+    """Find what rows share whose pages are listed row by row.
 
-    Rows share the pages in which their tables begin alike, as far as these are full. The tree holds its
-    nodes' tokens (`kv_lens`): where lengths grow, pass them to `plan` in a tensor.
+    So they are in vLLM (PagedAttention, Kwon et al., 2023, arXiv 2309.06180, section 4). Rows share the pages
+    in which their tables begin alike, as far as these are full. The tree holds its nodes' tokens (`kv_lens`):
+    where lengths grow, pass them to `plan` in a tensor.
 
     Parameters
     ----------
     k_cache : tensor [num_pages, page_size, num_kv_heads, head_dim]
     v_cache : tensor [num_pages, page_size, num_kv_heads, head_dim_v]
-        The pool, as in `PagedKV`.
+        The pool, as in `PagedKV`, in the dtype of the queries to come.
     block_tables : integers [num_rows, most pages of a row], or a list of page numbers per row; on the host
         Entries after those that a row's tokens need may be any integers.
     seq_lens : integers [num_rows], on the host
@@ -55,8 +57,8 @@ def from_block_tables(
     Raises
     ------
     TypeError, ValueError
-        If tables are too short for the tokens, name pages outside of the pool, or give new tokens a place
-        that another row has.
+        If the pools do not fit together, or tables are too short for the tokens, name pages outside of the
+        pool, or give new tokens a place that another row has.
 
     Examples
     --------
@@ -66,7 +68,7 @@ def from_block_tables(
     >>> tree.parents, tree.kv_lens, kv.page_indices
     (array([-1,  0,  0]), array([32,  8,  1]), array([1, 2, 3, 5]))
     """
-    num_pages, size = _sizes(k_cache)
+    num_pages, size = check_pools(k_cache, v_cache, "k_cache", "v_cache", None)[0].shape[:2]
     least = as_positive_int(min_shared, "min_shared")
     tables, sizes = _matrix(block_tables)
     lens = as_int_vector(seq_lens, "seq_lens")
@@ -74,7 +76,7 @@ def from_block_tables(
     room = as_int_vector(np.full(sizes.size, new_tokens) if one else new_tokens, "new_tokens")
     for numbers, name in ((lens, "seq_lens"), (room, "new_tokens")):
         _check_counts(numbers, name, sizes.size)
-    counts = -(-(lens + room) // max(size, 1))
+    counts = -(-(lens + room) // size)
     names = _names(tables, sizes, counts, lens, room, num_pages, size)
     rows = [row[:count] for row, count in zip(names, counts.tolist(), strict=True)]
     found = build_radix_tree(rows, least)
@@ -82,26 +84,25 @@ def from_block_tables(
     held = np.where(which == 0, size, (which - 1) % (size + 1))  # tokens of each page
     offsets = np.append(0, np.cumsum(found.kv_lens))
     kv_lens = np.diff(np.append(0, np.cumsum(held))[offsets])
-    parents, ends = found.parents, found.row_to_node
-    if room.any():
-        # rows that have finished end at empty nodes without pages: so `append` knows them
-        above, which = np.unique(ends[room == 0], return_inverse=True)
-        ends = ends.copy()
-        ends[room == 0] = parents.size + which
-        parents, kv_lens = np.append(parents, above), np.append(kv_lens, np.zeros(above.size, np.int64))
-        offsets = np.append(offsets, np.full(above.size, offsets[-1]))
+    nodes = found.parents, kv_lens, offsets, found.row_to_node
+    parents, kv_lens, offsets, ends = _resting(*nodes, room == 0) if room.any() else nodes
     tree = PrefixTree.from_parents(parents, kv_lens, row_to_node=ends)
     return tree, PagedKV(k_cache, v_cache, offsets, pages)
 
 
-def _sizes(k_cache: object) -> tuple[int, int]:
-    if not isinstance(k_cache, Tensor) or k_cache.dim() != 4:
-        got = f"shape {list(k_cache.shape)}" if isinstance(k_cache, Tensor) else type(k_cache).__name__
-        raise TypeError(
-            f"k_cache must be a tensor [num_pages, page_size, num_kv_heads, head_dim], got {got}; of a "
-            "pool in one tensor pass pool[:, 0] and pool[:, 1]"
-        )
-    return k_cache.shape[0], k_cache.shape[1]
+def _resting(
+    parents: IntArray, kv_lens: IntArray, offsets: IntArray, ends: IntArray, rests: BoolArray
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Let rows that have finished end at empty nodes without pages, by which `Plan.append` knows them."""
+    above, which = np.unique(ends[rests], return_inverse=True)
+    moved = ends.copy()
+    moved[rests] = parents.size + which
+    return (
+        np.append(parents, above),
+        np.append(kv_lens, np.zeros(above.size, np.int64)),
+        np.append(offsets, np.full(above.size, offsets[-1])),
+        moved,
+    )
 
 
 def _check_counts(numbers: IntArray, name: str, num_rows: int) -> None:
@@ -183,7 +184,7 @@ def _names(
             f"{used[row, int(wrong[row].argmax())]}; list first the pages of the row's {lens[row]} tokens"
         )
     held = np.clip(lens[:, None] - at * size, 0, size)
-    written = needed & (at >= (lens // max(size, 1))[:, None]) & (room > 0)[:, None]
+    written = needed & (at >= (lens // size)[:, None]) & (room > 0)[:, None]
     _check_written(used, needed, written, held, num_pages)
     whose = 1 + held + (size + 1) * np.where(room > 0, np.arange(lens.size) + 1, 0)[:, None]
     named: IntArray = np.where(held == size, used, whose * num_pages + used)

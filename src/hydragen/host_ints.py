@@ -74,19 +74,19 @@ def as_int_vector(value: object, name: str) -> IntArray:
     return array.astype(np.int64, copy=False)
 
 
-def as_positive_int(value: object, name: str, least: int = 1) -> int:
-    """Return `value` as a Python integer of at least 1, or `least`, that fits in int32.
+def as_positive_int(value: object, name: str) -> int:
+    """Return `value` as a Python integer of at least 1 that fits in int32.
 
     Raises
     ------
     TypeError
         If `value` is not a single integer (bool is not an integer).
     ValueError
-        If it is less than that or more than 2**31 - 1.
+        If it is less than 1 or more than 2**31 - 1.
     """
-    expected = f"{name} must be an integer of at least {least}"
+    expected = f"{name} must be an integer of at least 1"
     number = _as_int(value, expected)
-    if number < least:
+    if number < 1:
         raise ValueError(f"{expected}, got {number}; choose a larger value")
     if number >= 2**31:
         raise ValueError(

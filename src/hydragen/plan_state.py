@@ -57,7 +57,7 @@ class PlanState:
         if not work.lens_on_device:
             return
         self._grown = grown and self.kv_lens is not None
-        self._captured |= self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._captured |= self._capturing()
         constant = planned_lens(work, self.device)
         if (lens.planned != work.kv_lens).any():
             given = constant.clone()
@@ -125,8 +125,7 @@ class PlanState:
                 "tensors"
             )
         ends = planned.tree.row_to_node
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._reserved and not capturing and not planned.nodes.capacity[ends].any():
+        if self._reserved and not self._capturing() and not planned.nodes.capacity[ends].any():
             return None  # another tree may have rows that go on; a graph would write nothing ever after
         found = self._slots.find(planned, Growth(self._before, self.kv_lens, self.pages))
         if not (
@@ -147,6 +146,9 @@ class PlanState:
                     "already, and once more for the new ones"
                 )
         return found
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _find(self, planned: Planned, work: WorkPlan, masked: bool) -> Tokens:
         offsets, total = planned.rows.cu_seqlens_q, planned.q_shape[0]
