@@ -22,7 +22,7 @@ TYPICAL: dict[str, Any] = {
 
 
 def test_nobody_gets_it_before_it_is_measured() -> None:
-    assert warp_tile_for(90, 128, 128, 2, **TYPICAL) == WARP_TILES["medium"]
+    assert warp_tile_for(90, 128, 128, 2, **TYPICAL) == WARP_TILES["small"]
     assert warp_tile_for(80, 128, 128, 2, **TYPICAL) is None
     assert warp_tile_for(100, 128, 128, 2, **TYPICAL) is None
     assert warp_tile_for(90, 128, 64, 2, **TYPICAL) is None
@@ -34,21 +34,28 @@ def test_nobody_gets_it_before_it_is_measured() -> None:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"prefix": "narrow+2"}, "medium"),
-        ({"prefix": "narrow+2", "num_blocks": 128}, "medium"),
+        ({"prefix": "narrow+2"}, "small"),
+        ({"prefix": "narrow+2", "num_blocks": 128}, "small"),
+        ({"prefix": "narrow+2", "num_programs": 3168}, "small"),
+        ({"prefix": "narrow+2", "num_programs": 3167}, "medium"),
+        ({"prefix": "narrow+2", "num_programs": 2048, "traffic": 2.9}, "medium"),
         ({"prefix": "narrow+2", "num_blocks": 128, "keys": 512.0}, "large"),
         ({"prefix": "narrow+2", "num_blocks": 128, "traffic": 5.8}, "large"),
-        ({"prefix": "narrow+2", "num_blocks": 128, "traffic": 5.8, "num_programs": 2048}, "medium"),
-        ({"prefix": "narrow+2", "traffic": 23.0}, "large"),
+        ({"prefix": "narrow+2", "num_blocks": 128, "traffic": 5.8, "num_programs": 2048}, "small"),
+        ({"prefix": "narrow+2", "traffic": 23.0}, "small"),
+        ({"prefix": "narrow+2", "traffic": 23.0, "keys": 256.0}, "large"),
         ({"prefix": "narrow+2", "traffic": 23.0, "reads": 1.11}, "medium"),
         ({"prefix": "narrow+2", "num_blocks": 128, "keys": 512.0, "reads": 1.2}, "medium"),
         ({"prefix": "wide", "traffic": 0.09, "reads": 1.06}, "medium"),
-        ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "reads": 1.06}, "medium"),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "reads": 1.06}, "small"),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "keys": 512.0, "reads": 1.06}, "small"),
         ({"prefix": "wide+1", "traffic": 0.36}, "small"),
         ({"prefix": "wide", "traffic": 0.09}, "large"),
         ({"prefix": "single", "num_blocks": 32, "keys": 512.0, "num_programs": 512}, "medium"),
         ({"prefix": "single", "num_blocks": 32, "num_programs": 131}, None),
-        ({"prefix": None, "traffic": 23.0, "num_programs": 2048}, "large"),
+        ({"prefix": "single", "num_blocks": 32, "traffic": 5.8, "num_programs": 8192}, "medium"),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048}, "small"),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "keys": 256.0}, "large"),
         ({"prefix": None, "traffic": float("inf"), "num_programs": 1055}, None),
         ({"prefix": None, "traffic": 5.8, "num_programs": 2048}, None),
     ],
@@ -62,6 +69,8 @@ def test_what_is_best_for_a_shape(changes: dict[str, Any], name: str | None) -> 
 def test_short_heads_need_longer_steps() -> None:
     for reads in (1.0, 1.2):
         assert warp_tile_for(90, 64, 64, 2, **(TYPICAL | {"reads": reads})) == WARP_TILES["large"]
+    alone = {"prefix": None, "traffic": float("inf")}
+    assert warp_tile_for(90, 64, 64, 2, **(TYPICAL | alone)) == WARP_TILES["large"]
 
 
 def test_what_is_read_in_steps() -> None:

@@ -1,7 +1,7 @@
 """How the tile of kernels/warp_sm90.py may be launched, and which launches it serves.
 
 A pure function of the problem, like tuning.py. Each entry of WARP_TILES compiles without spills
-(`ci/compile_gate.py`); docs/experiments.md, 38, has the measurements behind the choice.
+(`ci/compile_gate.py`); docs/experiments.md, 38 and 53, has the measurements behind the choice.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ _MEASURED = {(64, 64), (128, 128)}
 # beside a specialised prefix tile, and elsewhere.
 _BESIDE, _ALONE = 1, 8
 # Above these ratios of traffic to compute of what is shared, suffix programs run alone for most of the time;
-# the last where a plain tile has the shared segments.
+# the last where a plain tile has the shared segments. Few keys each are best read by as many as find room.
 _OFTEN, _MOSTLY, _NEARLY = 3.0, 10.0, 20.0
 # Keys and programs from which on fewer instructions a key count for more than many programs, where the prefix
 # leaves multiprocessors free.
 _MANY_KEYS, _MANY_PROGRAMS = 256, 32
+# Beside two consumers, programs per multiprocessor, or traffic for each second of compute, from which on more
+# programs at a time are worth more than what each has in flight (docs/experiments.md, 53).
+_FULL, _BUSY = 24, 4.0
 # Keys that steps of 32 read for each that steps of 16 do, up to which fewer instructions a key are worth it.
 _MOST_READ = 1.05
 
@@ -55,7 +58,7 @@ class WarpTile:
 
 # name -> tile; in brackets KB of shared memory at head_dim 128
 WARP_TILES: dict[str, WarpTile] = {
-    "small": WarpTile(16, 1, 2, 96),  # [12.3]: four beside "wide+1"
+    "small": WarpTile(16, 1, 2, 96),  # [12.3]: four beside "wide+1", seven beside "narrow+2"
     "medium": WarpTile(16, 2, 2, 96),  # [16.4]: five beside "narrow+2"
     "large": WarpTile(32, 2, 2, 128),  # [32.8]: two there; fewer instructions a key
 }
@@ -106,15 +109,23 @@ def warp_tile_for(
     if num_programs < (_ALONE if prefix is None else _BESIDE) * num_sms:
         return None
     long_steps = WARP_TILES["large" if head_dim == 64 or reads <= _MOST_READ else "medium"]
-    if prefix is None:
-        return long_steps if traffic >= _NEARLY else None
-    if prefix.beside == 0 or head_dim == 64 or traffic > _MOSTLY:
+    if prefix is None and traffic < _NEARLY:
+        return None
+    if head_dim == 64:
+        return long_steps
+    if prefix is None or traffic > _MOSTLY:
+        few = keys < _MANY_KEYS if reads <= _MOST_READ else prefix is None
+        return WARP_TILES["small"] if few else long_steps
+    if prefix.beside == 0:
         return long_steps
     if prefix.beside == 1:
         return WARP_TILES["small"]
     many = keys >= _MANY_KEYS or (traffic > _OFTEN and num_programs >= _MANY_PROGRAMS * num_sms)
     free = prefix.consumers == 2 and num_blocks <= num_sms
-    return long_steps if many and free else WARP_TILES["medium"]
+    if many and free:
+        return long_steps
+    more = prefix.consumers == 2 and (num_programs >= _FULL * num_sms or traffic > _BUSY)
+    return WARP_TILES["small" if more else "medium"]
 
 
 def read_by(step: int, kv_lens: IntArray, growing: bool) -> float:
