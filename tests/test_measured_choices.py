@@ -75,7 +75,7 @@ READS = [
     (40, 40, 256, 2048, 128, False, SMALL, "38, 53"),
     (40, 40, 256, 2048, 128, True, MEDIUM, "45"),
     (40, 40, 512, 2048, 128, True, MEDIUM, "45"),
-    (40, 40, 128, 1024, 112, False, SMALL, "45, 53"),
+    (40, 40, 128, 1024, 112, False, MEDIUM, "45"),
     (32, 32, 64, 1024, 512, True, LARGE, "45"),
 ]
 # query heads, KV heads, batch, prefix, suffix; keys a step and splits of each row's own run; the section.

@@ -21,7 +21,7 @@ _MEASURED = {(64, 64), (128, 128)}
 # beside a specialised prefix tile, and elsewhere.
 _BESIDE, _ALONE = 1, 8
 # Above these ratios of traffic to compute of what is shared, suffix programs run alone for most of the time;
-# the last where a plain tile has the shared segments. Few keys each are best read by as many as find room.
+# the last where a plain tile has the shared segments.
 _OFTEN, _MOSTLY, _NEARLY = 3.0, 10.0, 20.0
 # Keys and programs from which on fewer instructions a key count for more than many programs, where the prefix
 # leaves multiprocessors free.
@@ -98,7 +98,8 @@ def warp_tile_for(
     prefix : PrefixTile or None
         The specialised tile of the launch before.
     traffic : float
-        Seconds of this launch's memory traffic for each second of compute of the others, at the peak.
+        Seconds of this launch's memory traffic for each second of compute of the others, at the peak;
+        infinite if there are none.
     num_blocks, num_sms : int
         Blocks of 64 rows and one KV head in the others, and multiprocessors.
     reads : float
@@ -113,10 +114,11 @@ def warp_tile_for(
         return None
     if head_dim == 64:
         return long_steps
-    if prefix is None or traffic > _MOSTLY:
-        few = keys < _MANY_KEYS if reads <= _MOST_READ else prefix is None
+    alone = traffic == float("inf")
+    if alone or (prefix is not None and traffic > _MOSTLY):
+        few = keys < _MANY_KEYS if reads <= _MOST_READ else alone
         return WARP_TILES["small"] if few else long_steps
-    if prefix.beside == 0:
+    if prefix is None or prefix.beside == 0:
         return long_steps
     if prefix.beside == 1:
         return WARP_TILES["small"]
