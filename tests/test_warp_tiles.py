@@ -19,6 +19,7 @@ TYPICAL: dict[str, Any] = {
     "most_rows": 4, "num_programs": 8192, "keys": 128.0, "prefix": PREFIX_TILES["narrow+2"], "traffic": 1.44,
     "num_blocks": 256, "num_sms": 132, "reads": 1.0,
 }  # fmt: skip
+ALONE = float("inf")
 
 
 def test_nobody_gets_it_before_it_is_measured() -> None:
@@ -48,7 +49,7 @@ def test_nobody_gets_it_before_it_is_measured() -> None:
         ({"prefix": "narrow+2", "num_blocks": 128, "keys": 512.0, "reads": 1.2}, "medium"),
         ({"prefix": "wide", "traffic": 0.09, "reads": 1.06}, "medium"),
         ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "reads": 1.06}, "medium"),
-        ({"prefix": None, "traffic": float("inf"), "num_programs": 2048, "keys": 512.0, "reads": 1.06}, "small"),
+        ({"prefix": None, "traffic": ALONE, "num_programs": 2048, "keys": 512.0, "reads": 1.06}, "small"),
         ({"prefix": "narrow+2", "traffic": 23.0, "keys": 512.0, "reads": 1.06}, "medium"),
         ({"prefix": "wide+1", "traffic": 0.36}, "small"),
         ({"prefix": "wide", "traffic": 0.09}, "large"),
@@ -56,9 +57,9 @@ def test_nobody_gets_it_before_it_is_measured() -> None:
         ({"prefix": "single", "num_blocks": 32, "num_programs": 131}, None),
         ({"prefix": "single", "num_blocks": 32, "traffic": 5.8, "num_programs": 8192}, "medium"),
         ({"prefix": None, "traffic": 23.0, "num_programs": 2048}, "large"),
-        ({"prefix": None, "traffic": float("inf"), "num_programs": 2048}, "small"),
-        ({"prefix": None, "traffic": float("inf"), "num_programs": 2048, "keys": 256.0}, "large"),
-        ({"prefix": None, "traffic": float("inf"), "num_programs": 1055}, None),
+        ({"prefix": None, "traffic": ALONE, "num_programs": 2048}, "small"),
+        ({"prefix": None, "traffic": ALONE, "num_programs": 2048, "keys": 256.0}, "large"),
+        ({"prefix": None, "traffic": ALONE, "num_programs": 1055}, None),
         ({"prefix": None, "traffic": 5.8, "num_programs": 2048}, None),
     ],
 )
