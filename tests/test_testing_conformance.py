@@ -199,7 +199,8 @@ def test_a_function_cannot_end_its_own_test(home, name):
 
 
 def test_the_report_counts_what_was_refused_and_what_came_without_lse(home):
-    done = suite(home, "choosy", "-k", "lse_match_the_oracle", "--conformance-json=c.json")
+    options = ["-k", "lse_match_the_oracle", "--conformance-json=c.json", "--hypothesis-seed=0"]
+    done = suite(home, "choosy", *options)
     assert done.returncode == 0, done.stdout
     found = json.loads((home / "c.json").read_text())
     assert found["refused"] > 0
@@ -230,7 +231,8 @@ def test_a_module_in_the_current_folder_is_found(home):
 
 
 def test_a_narrow_function_of_one_argument(home):
-    narrow = suite(home, "narrow")
+    # it refuses more than half of what is drawn, so that some seeds give hypothesis too little
+    narrow = suite(home, "narrow", "--hypothesis-seed=0")
     assert narrow.returncode == 0, narrow.stdout
     assert " laws held, 0 failed" in narrow.stdout, narrow.stdout
     for law in (
