@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"runner"},
     {"plan_state"},
     {"slots"},
-    {"appending", "merging", "ops"},
+    {"merging", "ops"},
     {"backends"},
     {"block_tables", "explain"},
     {"predict"},
