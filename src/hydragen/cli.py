@@ -64,7 +64,8 @@ def generate(
     n: Annotated[int, typer.Option("-n", min=1, help="Answers per prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens per answer.")] = 256,
     temperature: Annotated[
-        float | None, typer.Option(help="Default 1 if n > 1, else greedy. 0 is greedy.")
+        float | None,
+        typer.Option(help="Default 1 if n > 1, or with --top-k or --top-p; else greedy. 0 is greedy."),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[
@@ -80,7 +81,8 @@ def generate(
 
     Answers are written as they finish. After an interruption the same command goes on where it stopped:
     nothing is lost and nothing is made twice. With a --temperature, a larger n adds answers to those that
-    are there; without one, -n 1 is greedy and more are drawn, which is another job.
+    are there; without one, -n 1 is greedy and more are drawn, which is another job. So are other prompts, and
+    a model whose files have another size or time.
     """
     from tqdm import tqdm
 

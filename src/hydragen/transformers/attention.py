@@ -87,6 +87,11 @@ def _over_cache(
             f"a PrefixCache must be used with the model that it was made for, got a {type(module).__name__} "
             "of another; prefill the prompt again: PrefixCache(model).prefill(ids)"
         )
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            "attention_mask must be [rows, tokens] over a PrefixCache, which knows who sees what, got "
+            f"{list(mask.shape)}; mark padding only, or use an ordinary cache"
+        )
     if dropout:
         raise ValueError(f"dropout must be 0 over a PrefixCache, got {dropout}; call model.eval()")
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention does

@@ -17,7 +17,7 @@ from hydragen.transformers.layers import PrefixLayer, take_handed_over
 from hydragen.transformers.levels import Level
 from hydragen.transformers.logits import LastLogits, Pending
 from hydragen.transformers.options import check_options
-from hydragen.transformers.protocol import CacheProtocol
+from hydragen.transformers.protocol import CacheProtocol, alone
 from hydragen.transformers.rows import Rows
 from hydragen.transformers.support import (
     attention_of,
@@ -47,6 +47,7 @@ class PrefixCache(CacheProtocol):
 
     What fails or is interrupted in here leaves the cache as it was. The model's own `generate` leaves what it
     has fed: all that it handed out but the last token; if a forward pass broke off, nothing until `reset`.
+    One thread at a time may use a cache; each fork may have another.
 
     Parameters
     ----------
@@ -141,6 +142,7 @@ class PrefixCache(CacheProtocol):
             self.reset()
             raise
 
+    @alone
     def extend(self, input_ids: object) -> PrefixCache:
         """Run more tokens through the model, appended to the rows; rows may get none.
 
@@ -177,8 +179,7 @@ class PrefixCache(CacheProtocol):
     def fork(self, n: int | Sequence[int] = 1) -> PrefixCache:
         """Make a cache whose rows share what the rows of this one hold; nothing is copied.
 
-        Row r of this cache becomes n (or n[r]) rows, side by side. This cache stays as it is, and can be
-        forked again and extended: forks do not see what is added later.
+        Row r becomes n (or n[r]) rows, side by side. This cache stays as it is; forks see no later tokens.
 
         Parameters
         ----------
@@ -235,6 +236,7 @@ class PrefixCache(CacheProtocol):
         """Say that the weights changed: neither this cache nor its forks go on."""
         self._weights.valid = False
 
+    @alone
     def generate(self, input_ids: object = None, **options: Any) -> list[Completion]:
         """Continue every row, in place: what is generated stays in the cache, as in a chat.
 

@@ -7,7 +7,7 @@ import warnings
 from transformers import PreTrainedModel
 
 # Fields of a generation_config that change which tokens are chosen, with what leaves them alone. Those that
-# hydragen.generate has arguments for (temperature, top_k, top_p, min_p, do_sample) are the caller's to give.
+# hydragen.generate has arguments for (temperature, do_sample, max_new_tokens, ...) are the caller's to give.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -29,6 +29,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "typical_p": (None, 1.0),
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
+    "penalty_alpha": (None, 0.0),
+    "prompt_lookup_num_tokens": (None,),
+    "max_time": (None,),
+    "renormalize_logits": (None, False),
+    "remove_invalid_values": (None, False),
 }
 
 

@@ -39,7 +39,8 @@ class Completion:
         Natural log of each token's probability under the model, before temperature and filters, if asked for.
     finish_reason : "stop" or "length"
     seed : int
-        The same seed draws the same answer to the same prompt, whatever else is in the batch.
+        The same seed, given in a list, draws the same answer to the same prompt, whatever else is in the
+        batch.
     """
 
     prompt: int
@@ -71,10 +72,12 @@ def generate(model: PreTrainedModel | PrefixCache, *prompts: object, **options: 
     max_new_tokens : int
         The most tokens per answer; default 256.
     do_sample, temperature, top_k, top_p, min_p :
-        How tokens are chosen; greedy by default. The model's generation_config is not consulted for these;
-        what else it asks for (a repetition penalty, suppressed tokens) is not done, and a warning says so.
+        How tokens are chosen; greedy by default. The model's generation_config is not consulted for these,
+        nor for lengths and numbers of answers; what else it asks for (a repetition penalty, suppressed
+        tokens) is not done, and a warning says so.
     seed : int or integers [num_prompts * num_return_sequences], optional
-        Of all answers, or of each. Default: drawn from torch's global generator.
+        One from which those of all answers are drawn, or one for each: ``seed=[answer.seed]`` draws an answer
+        again. Default: drawn from torch's global generator.
     stop_token_ids : integers, optional
         Tokens that end an answer; default the eos_token_id of model.generation_config.
     logprobs : bool

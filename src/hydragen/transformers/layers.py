@@ -71,6 +71,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
     def store(self, k: Tensor, v: Tensor, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Append the new tokens, k and v [rows, heads, tokens, dim], to the rows' tails."""
         num_rows, _, q_len, _ = k.shape
+        self._check_dtype(k.dtype)  # before anything changes
         if self.steps == self.rows.steps:
             self.rows.begin_step(num_rows, q_len, position_ids, mask)
         self.steps = self.rows.steps
@@ -100,6 +101,17 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         if self.keys is None or self.values is None:
             raise RuntimeError("this layer has no tails yet; the attention function makes them")
         return self.keys, self.values
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        held = self.keys
+        if held is None and self.rows.levels:
+            first = self.rows.levels[0].kv[self.index]
+            held = first.k if isinstance(first, PackedKV) else first[0]
+        if held is not None and held.dtype != dtype:
+            raise TypeError(
+                f"the model must give keys and values of the dtype that the cache holds, {held.dtype}, got "
+                f"{dtype}; go on under the torch.autocast of the prefill, or prefill again"
+            )
 
     def _move(self, layout: Layout, k: Tensor, v: Tensor) -> None:
         """Make room: allocate `layout` and copy the tokens that are there."""

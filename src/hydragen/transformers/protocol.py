@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -18,11 +20,38 @@ if TYPE_CHECKING:
     from hydragen.transformers.cache import PrefixCache
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+_TAKING = threading.Lock()
+
+
+def alone(method: _F) -> _F:
+    """Let one thread at a time change a cache: another one gets a RuntimeError, not other rows' tokens."""
+
+    @wraps(method)
+    def guarded(self: CacheProtocol, *given: Any, **named: Any) -> Any:
+        me = threading.get_ident()
+        with _TAKING:
+            before, other = self.thread, self.thread not in (None, me)
+            if not other:
+                self.thread = me
+        if other:
+            raise RuntimeError(
+                "this PrefixCache is in use by another thread; let each thread go on from a fork() of its own"
+            )
+        try:
+            return method(self, *given, **named)
+        finally:
+            self.thread = before
+
+    return cast("_F", guarded)
+
+
 class CacheProtocol(Cache):  # type: ignore[misc]  # mypy does not read transformers
     """The part of PrefixCache that others call."""
 
     _logits: LastLogits
     _pending: Pending
+    thread: int | None = None  # that changes it now
 
     @property
     def _is_user_defined(self) -> bool:

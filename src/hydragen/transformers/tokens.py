@@ -26,10 +26,12 @@ def token_rows(input_ids: object, name: str) -> list[IntArray]:
     if isinstance(input_ids, str) or not isinstance(input_ids, Sequence | Tensor | np.ndarray):
         raise TypeError(
             f"{name} must be token ids, or a list of them per row, got {type(input_ids).__name__}; "
-            "texts need a tokenizer: tokenizer(text).input_ids"
+            "give a text as its tokens: tokenizer(text).input_ids"
         )
     if is_prompt(input_ids):
         return [token_row(input_ids, name)]
+    if any(isinstance(row, str) for row in input_ids):
+        raise TypeError(f"{name} must be token ids, got texts; give their tokens: tokenizer(texts).input_ids")
     return [token_row(row, f"{name}[{i}]") for i, row in enumerate(input_ids)]
 
 
