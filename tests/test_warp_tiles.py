@@ -72,7 +72,7 @@ def test_what_is_best_for_a_shape(changes: dict[str, Any], name: str | None) -> 
 def test_short_heads_need_longer_steps() -> None:
     for reads in (1.0, 1.2):
         assert warp_tile_for(90, 64, 64, 2, **(TYPICAL | {"reads": reads})) == WARP_TILES["large"]
-    alone = {"prefix": None, "traffic": float("inf")}
+    alone = {"prefix": None, "traffic": ALONE}
     assert warp_tile_for(90, 64, 64, 2, **(TYPICAL | alone)) == WARP_TILES["large"]
 
 

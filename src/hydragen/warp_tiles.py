@@ -109,16 +109,19 @@ def warp_tile_for(
         return None
     if num_programs < (_ALONE if prefix is None else _BESIDE) * num_sms:
         return None
-    long_steps = WARP_TILES["large" if head_dim == 64 or reads <= _MOST_READ else "medium"]
     if prefix is None and traffic < _NEARLY:
         return None
     if head_dim == 64:
+        return WARP_TILES["large"]
+    even = reads <= _MOST_READ  # most segments end where steps of 32 do
+    long_steps = WARP_TILES["large" if even else "medium"]
+    if traffic == float("inf"):  # alone
+        return long_steps if even and keys >= _MANY_KEYS else WARP_TILES["small"]
+    if prefix is None:
         return long_steps
-    alone = traffic == float("inf")
-    if alone or (prefix is not None and traffic > _MOSTLY):
-        few = keys < _MANY_KEYS if reads <= _MOST_READ else alone
-        return WARP_TILES["small"] if few else long_steps
-    if prefix is None or prefix.beside == 0:
+    if traffic > _MOSTLY:
+        return WARP_TILES["small"] if even and keys < _MANY_KEYS else long_steps
+    if prefix.beside == 0:
         return long_steps
     if prefix.beside == 1:
         return WARP_TILES["small"]

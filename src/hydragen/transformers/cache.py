@@ -47,7 +47,7 @@ class PrefixCache(CacheProtocol):
 
     What fails or is interrupted in here leaves the cache as it was. The model's own `generate` leaves what it
     has fed: all that it handed out but the last token; if a forward pass broke off, nothing until `reset`.
-    One thread at a time may use a cache; each fork may have another.
+    Calls from a second thread meanwhile raise a RuntimeError; it may have a fork.
 
     Parameters
     ----------
@@ -109,13 +109,13 @@ class PrefixCache(CacheProtocol):
         """Tokens that are stored, each once."""
         return int(sum(level.lens.sum() for level in self.rows.levels) + self.rows.lens.sum())
 
+    @alone
     def prefill(self, input_ids: object) -> PrefixCache:
         """Run prompts through the model, so that rows begin with them.
 
         Parameters
         ----------
-        input_ids : integers [len]; or one such per row, as a list or a tensor [num_rows, len]
-            Token ids without padding. One prompt makes a cache of one row.
+        input_ids : integers [len]; or one such per row, as a list or a tensor [num_rows, len], unpadded
 
         Raises
         ------
@@ -145,8 +145,6 @@ class PrefixCache(CacheProtocol):
     @alone
     def extend(self, input_ids: object) -> PrefixCache:
         """Run more tokens through the model, appended to the rows; rows may get none.
-
-        If it fails or is interrupted, all rows are as before.
 
         Parameters
         ----------
@@ -214,6 +212,7 @@ class PrefixCache(CacheProtocol):
         forked._begin(self._logits.of_rows(chosen), self._pending.of_rows(chosen))  # noqa: SLF001
         return forked
 
+    @alone
     def reset(self) -> None:
         """Forget what the rows added since they were forked; a cache that was not forked forgets its rows."""
         self.rows.clear()
@@ -268,7 +267,7 @@ class PrefixCache(CacheProtocol):
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
         """Run a token, int64 [rows], for each row of `Rows.begin_decode`; logits [rows, vocabulary].
 
-        Rows that are not active, bool [rows], are computed and not stored. Device work only.
+        Rows that are not active, bool [rows], are not stored. Device work only.
         """
         return self._forward(tokens[:, None], self.rows.advance(active)[:, None])
 
@@ -290,9 +289,9 @@ class PrefixCache(CacheProtocol):
             return self._forward(tokens.to(self.model.device), positions.to(self.model.device))
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        options = {"past_key_values": self, "use_cache": True, **self._only_last}
+        options = {"position_ids": positions, "past_key_values": self, "use_cache": True, **self._only_last}
         try:
-            out = self.model(tokens, position_ids=positions, **options)
+            out = self.model(tokens, **options)
         finally:
             self.rows.forget_announcements()  # those of a pass that broke off before its first layer
             take_handed_over()  # or within one

@@ -31,9 +31,9 @@ def alone(method: _F) -> _F:
     def guarded(self: CacheProtocol, *given: Any, **named: Any) -> Any:
         me = threading.get_ident()
         with _TAKING:
-            before, other = self.thread, self.thread not in (None, me)
+            before, other = self._thread, self._thread not in (None, me)
             if not other:
-                self.thread = me
+                self._thread = me
         if other:
             raise RuntimeError(
                 "this PrefixCache is in use by another thread; let each thread go on from a fork() of its own"
@@ -41,7 +41,7 @@ def alone(method: _F) -> _F:
         try:
             return method(self, *given, **named)
         finally:
-            self.thread = before
+            self._thread = before
 
     return cast("_F", guarded)
 
@@ -51,7 +51,7 @@ class CacheProtocol(Cache):  # type: ignore[misc]  # mypy does not read transfor
 
     _logits: LastLogits
     _pending: Pending
-    thread: int | None = None  # that changes it now
+    _thread: int | None = None  # that changes it now
 
     @property
     def _is_user_defined(self) -> bool:
@@ -68,6 +68,7 @@ class CacheProtocol(Cache):  # type: ignore[misc]  # mypy does not read transfor
         self.rows.fresh = True
         self._pending = Pending.none(self.num_rows)  # generate feeds whole sequences
 
+    @alone
     def reorder_cache(self: PrefixCache, beam_idx: Tensor) -> None:
         """Let row i continue what row beam_idx[i] was, as beam search does between steps.
 
