@@ -61,17 +61,19 @@ _ONLY = {"64": (("bf16", 64), ("fp16", 64)), "256": (("bf16", 256),)}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile."""
+    """One kernel to compile: that of a tile, or, without one, the one that appends."""
 
     arch: int
     dtype: str
     head_dim: int
-    tile: Tile | PrefixTile | WarpTile | MergeShape
+    tile: Tile | PrefixTile | WarpTile | MergeShape | None
     variant: str
 
     def __str__(self) -> str:
         tile = self.tile
-        if isinstance(tile, MergeShape):
+        if tile is None:
+            shape = "append"
+        elif isinstance(tile, MergeShape):
             shape = f"merge {tile.heads}x{tile.unroll}"
         elif isinstance(tile, PrefixTile):
             shape = f"prefix {next(name for name, other in PREFIX_TILES.items() if other == tile)}"
@@ -97,6 +99,7 @@ def cases(architectures: tuple[int, ...]) -> list[Case]:
                         variants = [*VARIANTS, *RUN_VARIANTS] if tile.block_m <= 16 else [*VARIANTS]
                         found += [Case(arch, dtype, size, tile, variant) for variant in variants]
             found += [Case(arch, "bf16", head_dim, shape, "decode") for shape in MERGES.values()]
+            found += [Case(arch, dtype, head_dim, None, "decode") for dtype in ("bf16", "fp32")]
     if 90 in architectures:
         found += [
             Case(90, dtype, head_dim, tile, variant)

@@ -25,6 +25,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from hydragen.backends.launches import padded
 from hydragen.backends.tma import MOST_LEVELS, box
+from hydragen.kernels.append import append
 from hydragen.kernels.attend import attend
 from hydragen.kernels.merge import merge
 from hydragen.kernels.prefix_sm90 import BLOCK_LAYOUT, attend_prefix
@@ -43,6 +44,17 @@ NUM_LEVELS, GROUP_SIZE, NUM_KV_HEADS = 2, 4, 8
 
 def compile_case(case: Case) -> Any:
     """Compile one case as the launcher would for typical arguments: 16-byte aligned, even strides."""
+    if case.tile is None:
+        size = padded(case.head_dim, 4 if case.dtype == "fp32" else 2)
+        constants: dict[str, Any] = {
+            "q_len": 1, "HEAD_DIM": case.head_dim, "HEAD_DIM_V": case.head_dim, "BLOCK_H": 8, "BLOCK_D": size,
+            "BLOCK_DV": size, "HAS_INNER": True, "HAS_SOURCE": True, "HAS_FRESH": True,
+        }  # fmt: skip
+        types: dict[str, Any] = dict.fromkeys(("outer_ptr", "inner_ptr", "source_ptr"), "*i64")
+        types |= dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), f"*{case.dtype}")
+        strides = ("strides_k", "strides_v", "strides_k_cache", "strides_v_cache")
+        types |= {"fresh_ptr": "*u8"} | dict.fromkeys(strides, ("i32",) * 4)
+        return _compile(append, constants, types, case.arch, 4, 3, None)
     if isinstance(case.tile, MergeShape):
         flags: dict[str, Any] = {
             "GATHER_Q": True,
@@ -55,7 +67,7 @@ def compile_case(case: Case) -> Any:
             "HEAD_DIM_V": case.head_dim, "BLOCK_H": case.tile.heads,
             "BLOCK_DV": padded(case.head_dim, 2), "UNROLL": case.tile.unroll,
         }  # fmt: skip
-        types: dict[str, Any] = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
+        types = {"out_ptr": f"*{case.dtype}", "sinks_ptr": f"*{case.dtype}"}
         registers = merge_registers(Target(case.arch, 132, 1.0, 1.0)) or None
         return _compile(merge, constants, types, case.arch, case.tile.num_warps, 3, registers)
     if isinstance(case.tile, PrefixTile):
@@ -239,7 +251,7 @@ def instructions(case: Case) -> tuple[str, ...]:
             "movmatrix",
             "griddepcontrol.launch_dependents",
         )
-    if isinstance(case.tile, MergeShape):
+    if case.tile is None or isinstance(case.tile, MergeShape):
         return ()
     if case.dtype == "fp32":
         doubles = has_double_matrices(Target(case.arch, 132, 1.0, 1.0), case.head_dim)

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"runner"},
     {"plan_state"},
     {"slots"},
-    {"merging", "ops"},
+    {"appending", "merging", "ops"},
     {"backends"},
     {"block_tables", "explain"},
     {"predict"},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hydragen.appending import append_tokens
 from hydragen.backends import Backend
 from hydragen.backends.tokens import replace_constants
 from hydragen.capacity import Capacity, capacity_for, fitted, lasting_tiles, page_entries
@@ -215,14 +216,11 @@ class Plan(NotCopied):
             one tensor.
         """
         planned = self._planned
-        cache_k, cache_v = check_append(planned, kv, k, v)
+        caches = check_append(planned, kv, k, v)
         slots = self._state.slots(planned)
         if slots is None:
             return
-        place, source, fresh = slots
-        for cache, new in ((cache_k, k), (cache_v, v)):
-            value = new.flatten(0, 1)[source]
-            cache.index_put_(place, torch.where(fresh[:, :, None, None], value, cache[place]))
+        append_tokens(caches, (k, v), *slots, backend=self._backend)
 
     def explain(self) -> Explanation:
         """Say what is batched, what is read with and without sharing, and which limit binds.

@@ -44,6 +44,17 @@ class Backend(Protocol):
         """Overwrite, on `device`, the tables of the plan before, whose `uploads` this one has."""
         ...
 
+    def append(
+        self,
+        caches: tuple[Tensor, Tensor],
+        new: tuple[Tensor, Tensor],
+        place: tuple[Tensor, ...],
+        source: Tensor | None = None,
+        fresh: Tensor | None = None,
+    ) -> None:
+        """Write new tokens into caches, as `appends.write` says."""
+        ...
+
 
 def choose_backend(backend: str, q: Tensor) -> Backend:
     """Return the backend, a module; "auto" is Triton for CUDA tensors and the reference elsewhere."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydragen.backends.appends import write as append
 from hydragen.backends.tokens import Tokens, locate
 from hydragen.host_ints import IntArray
 from hydragen.kv import NodeKV, node_kv_of_packed
@@ -16,6 +17,8 @@ from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
 from hydragen_reference import decomposed
+
+__all__ = ["RUNS_TILES", "append", "prepare", "ready", "replace_tables", "run"]
 
 RUNS_TILES = False
 # Shorter segments of a packed tensor are copied side by side and attended together; longer ones one by one.

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hydragen.backends.appends import launch as append
 from hydragen.backends.launch import INTERPRET, LOG2_E, Launcher, alignment
 from hydragen.backends.launches import attend_launcher, merge_launcher
 from hydragen.backends.tma import TmaLauncher
@@ -19,6 +20,8 @@ from hydragen.transforms import check_untransformed
 from hydragen.types import AttentionState
 from hydragen.validation import Call
 from hydragen.work import WorkPlan
+
+__all__ = ["RUNS_TILES", "Ready", "append", "prepare", "ready", "replace_tables", "run"]
 
 RUNS_TILES = True
 # Kinds of calls that a plan remembers the launches of.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hydragen.appending import append_tokens
 from hydragen.host_ints import IntArray
 from hydragen.kv import PackedKV
 from hydragen.transformers.levels import Layout
@@ -78,6 +79,11 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         step = self.rows.step
         if self.layout is not step.layout:
             self._move(step.layout, k, v)
+        if k.is_cuda and not torch.compiler.is_compiling():
+            both = k.transpose(1, 2), v.transpose(1, 2)
+            append_tokens(self._tails(), both, (step.target,), step.source)
+            self.rows.waiting -= 1
+            return
         for tail, new in zip(self._tails(), (k, v), strict=True):
             tokens = new.transpose(1, 2).flatten(0, 1)  # [rows * tokens, heads, dim]
             if step.source is not None:

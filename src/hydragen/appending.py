@@ -1,0 +1,28 @@
+"""New tokens into a cache, by whichever code suits where they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hydragen.backends import Backend, choose_backend
+from hydragen.backends.appends import write
+
+
+def append_tokens(
+    caches: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    place: tuple[Tensor, ...],
+    source: Tensor | None = None,
+    fresh: Tensor | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """Write new tokens into caches as `backends.appends.write` says.
+
+    What torch.compile traces is plain PyTorch, to be fused with what is around it; `backend`: that of a plan.
+    """
+    if torch.compiler.is_compiling():
+        write(caches, new, place, source, fresh)
+    else:
+        backend = choose_backend("auto", new[0]) if backend is None else backend
+        backend.append(caches, new, place, source, fresh)

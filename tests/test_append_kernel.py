@@ -1,0 +1,105 @@
+"""The launch that appends, against plain PyTorch: strides, sizes of heads, and what is not written."""
+
+from typing import Any
+
+import pytest
+import torch
+from running_on import CUDA
+from torch import Tensor
+
+from hydragen.backends.appends import launch, write
+
+pytestmark = pytest.mark.triton
+ROWS, Q_LEN = 5, 2
+
+
+def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: torch.device) -> Tensor:
+    """Any bits, NaN among them: they are copied, not computed with."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8)
+    return raw.view(dtype).to(device)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def layouts(name: str, heads: int, dim: int, dtype: torch.dtype, seed: int, device: torch.device) -> Tensor:
+    """A cache of 24 places [6, 4] or [24], whatever lies between."""
+    if name == "packed":
+        return bits((24, heads, dim), dtype, seed, device)
+    if name == "pages":
+        return bits((6, 4, heads, dim), dtype, seed, device)
+    if name == "heads first":
+        return bits((6, heads, 4, dim), dtype, seed, device).transpose(1, 2)
+    if name == "elements apart":
+        return bits((6, 4, heads, 3 * dim), dtype, seed, device)[..., ::3]
+    return bits((6, 4, 2 * heads + 1, dim), dtype, seed, device)[:, :, 1::2]  # every other head
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "dim", "dim_v"), [(1, 64, 64), (8, 128, 128), (11, 40, 24)])
+@pytest.mark.parametrize("layout", ["packed", "pages", "heads first", "elements apart", "every other head"])
+def test_it_copies_bits(
+    layout: str, heads: int, dim: int, dim_v: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    new = [bits((ROWS, Q_LEN, heads, d), dtype, seed, device) for seed, d in enumerate((dim, dim_v))]
+    at = torch.randperm(24, generator=torch.Generator().manual_seed(3))[: ROWS * Q_LEN]
+    at = at.view(ROWS, Q_LEN).to(device)
+    place = (at,) if layout == "packed" else (at // 4, at % 4)
+    source = torch.arange(ROWS * Q_LEN, device=device).flip(0).view(ROWS, Q_LEN)
+    fresh = torch.tensor([[True, False], [True, True], [False, False], [True, True], [False, True]]).to(
+        device
+    )
+    for more in ({}, {"source": source}, {"source": source, "fresh": fresh}):
+        caches = [
+            [layouts(layout, heads, d, dtype, 10 + i, device) for i, d in enumerate((dim, dim_v))]
+            for _ in range(2)
+        ]
+        write(tuple(caches[0]), tuple(new), place, **more)
+        launch(tuple(caches[1]), tuple(new), place, **more)
+        for expected, found in zip(*caches, strict=True):
+            assert same(expected, found)
+
+
+def test_rows_of_a_transposed_tensor_and_one_place_each(device: torch.device) -> None:
+    """As models give them: heads before tokens, and one index for each token."""
+    new = [bits((ROWS, 3, Q_LEN, 64), torch.bfloat16, seed, device).transpose(1, 2) for seed in (0, 1)]
+    at = torch.arange(ROWS * Q_LEN, device=device) * 2 + 1
+    caches = [[bits((24, 3, 64), torch.bfloat16, 5 + i, device) for i in range(2)] for _ in range(2)]
+    for some in (slice(None), slice(1, 6)):
+        chosen: dict[str, Any] = {"source": torch.arange(ROWS * Q_LEN, device=device)[some]}
+        write(tuple(caches[0]), tuple(new), (at[some],), **chosen)
+        launch(tuple(caches[1]), tuple(new), (at[some],), **chosen)
+        assert all(same(a, b) for a, b in zip(*caches, strict=True))
+
+
+def test_nothing_to_write(device: torch.device) -> None:
+    cache = bits((24, 2, 64), torch.bfloat16, 0, device)
+    before = cache.clone()
+    nowhere = torch.zeros(0, Q_LEN, dtype=torch.int64, device=device)
+    new = bits((0, Q_LEN, 2, 64), torch.bfloat16, 1, device)
+    launch((cache, cache), (new, new), (nowhere,))
+    assert same(cache, before)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU's memory")
+@pytest.mark.gpu
+def test_beyond_2_to_the_31_elements() -> None:
+    cache = torch.zeros(2**21 + 2, 8, 128, dtype=torch.float16, device="cuda")
+    new = torch.ones(2, 1, 8, 128, dtype=torch.float16, device="cuda")
+    launch((cache, cache), (new, new), (torch.tensor([[0], [2**21 + 1]], device="cuda"),))
+    assert cache[0].all()
+    assert cache[-1].all()
+    assert cache.count_nonzero() == 2 * 8 * 128
+
+
+@pytest.mark.skipif(not CUDA, reason="compiled only")
+@pytest.mark.gpu
+def test_autograd_sees_that_it_has_written() -> None:
+    cache = torch.zeros(4, 2, 64, device="cuda")
+    new = torch.ones(1, 1, 2, 64, device="cuda")
+    before = cache._version
+    launch((cache, cache.clone()), (new, new), (torch.zeros(1, 1, dtype=torch.int64, device="cuda"),))
+    assert cache._version > before
