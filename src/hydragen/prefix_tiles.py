@@ -70,7 +70,7 @@ PREFIX_TILES: dict[str, PrefixTile] = {
     "wide": PrefixTile(128, 2, 2, 168, 240),  # [1,024; 98]: none
     "wide+1": PrefixTile(128, 2, 2, 136, 192, q_shared=True, beside=1),  # [13,312; 63]: 1, 4
     "narrow+2": PrefixTile(64, 3, 2, 104, 144, q_shared=True, lazy=True, beside=2),  # [25,600; 98]: 2, 7
-    "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: 2, 9; or a second one of its own
+    "single": PrefixTile(64, 3, 1, 128, 232, beside=2),  # [32,768; 130]: 2, 8; or a second one of its own
     "64": PrefixTile(64, 3, 2, 104, 144, q_shared=True, beside=2),  # for head_dim 64
     "256": PrefixTile(64, 2, 1, 168, 240, q_shared=True),  # for head_dim 256: [22,528; 63], none
 }

@@ -21,16 +21,19 @@ _MEASURED = {(64, 64), (128, 128)}
 # beside a specialised prefix tile, and elsewhere.
 _BESIDE, _ALONE = 1, 8
 # Above these ratios of traffic to compute of what is shared, suffix programs run alone for most of the time;
-# the last where a plain tile has the shared segments.
+# the last where a plain tile, or one of a single consumer, has the shared segments.
 _OFTEN, _MOSTLY, _NEARLY = 3.0, 10.0, 20.0
-# Keys and programs from which on fewer instructions a key count for more than many programs, where the prefix
-# leaves multiprocessors free.
+# Keys, and programs per multiprocessor, from which on fewer instructions a key count for more than many
+# programs: alone, and where the prefix leaves multiprocessors free.
 _MANY_KEYS, _MANY_PROGRAMS = 256, 32
-# Beside two consumers, programs per multiprocessor, or traffic for each second of compute, from which on more
-# programs at a time are worth more than what each has in flight (docs/experiments.md, 53).
-_FULL, _BUSY = 24, 4.0
+# Beside a prefix, traffic for each second of compute from which on it is the suffix that takes the time, and
+# programs per multiprocessor from which on more of them at a time are worth more than what each has in flight
+# (docs/experiments.md, 53 and 58).
+_BUSY, _FULL = 2.0, 24
 # Keys that steps of 32 read for each that steps of 16 do, up to which fewer instructions a key are worth it.
 _MOST_READ = 1.05
+# Of a multiprocessor: registers of each quarter, for the warps that are its own, and bytes of shared memory.
+_REGISTERS, _SHARED = 16384, 228 << 10
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,23 @@ def warp_tile_for(
         return long_steps if even and keys >= _MANY_KEYS else WARP_TILES["small"]
     if prefix is None:
         return long_steps
-    if traffic > _MOSTLY:
+    if traffic > (_MOSTLY if prefix.consumers == 2 else _NEARLY):
         return WARP_TILES["small"] if even and keys < _MANY_KEYS else long_steps
     if prefix.beside == 0:
         return long_steps
     if prefix.beside == 1:
         return WARP_TILES["small"]
-    many = keys >= _MANY_KEYS or (traffic > _OFTEN and num_programs >= _MANY_PROGRAMS * num_sms)
     free = prefix.consumers == 2 and num_blocks <= num_sms
-    if many and free:
+    if free and traffic > _OFTEN and num_programs >= _MANY_PROGRAMS * num_sms:
         return long_steps
-    more = prefix.consumers == 2 and (num_programs >= _FULL * num_sms or traffic > _BUSY)
-    return WARP_TILES["small" if more else "medium"]
+    small, busy = WARP_TILES["small"], traffic > _BUSY
+    if num_programs <= num_sms * beside(
+        small, prefix, head_dim
+    ):  # all at once: what each has in flight counts
+        fewer = busy
+    else:
+        fewer = prefix.consumers == 1 or not (busy or num_programs >= _FULL * num_sms)
+    return WARP_TILES["medium"] if fewer else small
 
 
 def read_by(step: int, kv_lens: IntArray, growing: bool) -> float:
@@ -143,20 +151,22 @@ def read_by(step: int, kv_lens: IntArray, growing: bool) -> float:
     return float((-(-kv_lens // step) * step).sum())
 
 
-def places(warp: WarpTile, prefix: PrefixTile, num_programs: int, head_dim: int, num_sms: int) -> int:
-    """Return how many programs of one warp find a place at once beside `num_programs` of a prefix tile.
-
-    Each quarter of a multiprocessor has 16,384 registers for its warps; shared memory is one, and every
-    program has a KB more than it asks for.
-    """
+def beside(warp: WarpTile, prefix: PrefixTile, head_dim: int) -> int:
+    """Return how many programs of one warp fit beside one of a prefix tile on its multiprocessor."""
     step = 2 * head_dim
-    own = warp.block_n * (warp.k_stages + warp.v_stages) * step + 2048
     theirs = 2 * prefix.num_stages * prefix.block_n * step + prefix.block_m * prefix.q_shared * step + 2048
+    registers = _REGISTERS - (prefix.consumers + 1) * prefix.registers * 32
+    return max(_fit(warp, registers, _SHARED - theirs, head_dim), 0)
 
-    def fit(registers: int, memory: int) -> int:
-        return min(4 * (registers // (warp.registers * 32)), memory // own, 32)
 
-    whole = 228 << 10
-    beside = fit(16384 - (prefix.consumers + 1) * prefix.registers * 32, whole - theirs)
+def places(warp: WarpTile, prefix: PrefixTile, num_programs: int, head_dim: int, num_sms: int) -> int:
+    """Return how many programs of one warp find a place at once beside `num_programs` of a prefix tile."""
     busy = min(num_programs, num_sms)
-    return max(beside, 0) * busy + fit(16384, whole) * (num_sms - busy)
+    alone = _fit(warp, _REGISTERS, _SHARED, head_dim)
+    return beside(warp, prefix, head_dim) * busy + alone * (num_sms - busy)
+
+
+def _fit(warp: WarpTile, registers: int, memory: int, head_dim: int) -> int:
+    """Return how many programs fit; every one has a KB more of shared memory than it asks for."""
+    own = warp.block_n * (warp.k_stages + warp.v_stages) * 2 * head_dim + 2048
+    return min(4 * (registers // (warp.registers * 32)), memory // own, 32)

@@ -1,13 +1,14 @@
 """The attention tile for segments of at most 8 query rows on sm_90, in Gluon: a program is a single warp.
 
 It serves the work table of kernels/attend.py, with the same rows, partials and outputs, where a segment has
-few rows: what a sequence has of its own. There neither memory nor the tensor cores bind, but how long a warp
-takes from one block to the next, and beside the tile of kernels/prefix_sm90.py how many warps find room. So a
-warp does as little as there is to do. Scores are K Q^T and results V^T P^T: 8 columns of queries, where the
-plain tile has 16 rows. Weights are relative to a maximum that is raised only where a logit lies more than
-2**RESCALE above it: values from 2**(127 - RESCALE) on may overflow, which no model has. And nobody but the
-warp itself asks for the blocks of keys and values that come after the next, by TMA, into two rings of its own
-in shared memory: it may do so as soon as it has read what is there, no other warp has to be told.
+few rows: what a sequence has of its own. There neither the tensor cores nor a warp's own instructions bind,
+but how much is on its way at a time: how many warps find room beside the tile of kernels/prefix_sm90.py,
+and how soon each asks again. So a warp has little in registers and shared memory. Scores are K Q^T and
+results V^T P^T: 8 columns of queries, where the plain tile has 16 rows. Weights are relative to a maximum
+that is raised only where a logit lies more than 2**RESCALE above it: values from 2**(127 - RESCALE) on may
+overflow, which no model has. And nobody but the warp itself asks for the blocks of keys and values that
+come after the next (kernels/ask_sm90.py), by TMA, into two rings of its own in shared memory: as soon as it
+has read what is there, no other warp has to be told.
 
 What it reads must have arrived, though, before it asks for what will overwrite it, and a load's issue says
 nothing of that. So the row that it asks for is made to depend on the scores: then their products, and those
@@ -18,10 +19,11 @@ reads this order in the machine's code.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .fetch_sm90 import locate, page_of
+from .ask_sm90 import ask_for_both, ask_for_one, block_page, block_row, wait_for
+from .fetch_sm90 import locate
 from .merge_sm90 import merge_item
 from .primitives import LN_2, LOG2_E, LOWEST, RESCALE, total_and_lse
 from .rows_sm90 import places, query_rows
@@ -30,37 +32,6 @@ from .rows_sm90 import places, query_rows
 ROWS = gl.constexpr(8)
 # Elements of head_dim whose products do not wait for those of the others.
 PART = gl.constexpr(64)
-
-
-@gluon.jit
-def ask(descs, level, levels, row, column, ring, full, block, STAGES: gl.constexpr, NUM_LEVELS: gl.constexpr):
-    """Bring keys or values from `row` on of a head into the slot of block number `block`."""
-    slot = block % STAGES
-    mbarrier.expect(full.index(slot), descs[0].block_type.nbytes)
-    for i in gl.static_range(NUM_LEVELS):
-        if NUM_LEVELS == 1 or level == levels[i]:
-            tma.async_copy_global_to_shared(descs[i], [row, column], full.index(slot), ring.index(slot))
-
-
-@gluon.jit
-def block_page(block, place, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """The page that block number `block` of a segment lies in; past the last key, that key's."""
-    begin, last, pages_ptr, num_pages = place
-    page = 0
-    if PAGE_SIZE > 0:
-        page = page_of(pages_ptr, num_pages, gl.minimum(begin + block * BLOCK_N, last), PAGE_SIZE)
-    return page
-
-
-@gluon.jit
-def block_row(block, page, first_row, place, page_rows, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """The row at which block number `block` of a segment begins; of pages past the last key, that key's."""
-    begin, last, _, _ = place
-    if PAGE_SIZE > 0:
-        row = page * page_rows + gl.minimum(begin + block * BLOCK_N, last) % PAGE_SIZE
-    else:
-        row = first_row + block * BLOCK_N
-    return row
 
 
 @gluon.jit
@@ -134,7 +105,6 @@ def attend_rows(
     it and this one have left of it is merged here (kernels/merge_sm90.py): no merge follows.
     `zero` is 0, which the compiler must not know. `scale_log2` must be positive.
     """
-    gl.static_assert(V_STAGES >= 2)  # values are asked for into the slot of the step before
     if PDL:
         # The next launch may take what room this one leaves, as soon as all of this one is placed.
         gdc_launch_dependents()
@@ -150,12 +120,9 @@ def attend_rows(
     BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
     k_ring = gl.allocate_shared_memory(DTYPE, [K_STAGES, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_ring = gl.allocate_shared_memory(DTYPE, [V_STAGES, BLOCK_N, HEAD_DIM_V], v_desc.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BARRIERS)
-    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIERS)
-    for i in gl.static_range(K_STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-    for i in gl.static_range(V_STAGES):
-        mbarrier.init(v_full.index(i), count=1)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIERS)
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
     fence_async_shared()
 
     # one KV head after the other of an item, so that neighbours read what lies together
@@ -173,20 +140,28 @@ def attend_rows(
     length = gl.maximum(end - begin, 0)
     whole = length // BLOCK_N
     blocks = (length + BLOCK_N - 1) // BLOCK_N  # the last one may be short
-    k_descs = (k_desc, k_desc_1, k_desc_2, k_desc_3)
-    v_descs = (v_desc, v_desc_1, v_desc_2, v_desc_3)
-    k_column = kv_head * HEAD_DIM
-    v_column = kv_head * HEAD_DIM_V
+    k_side = ((k_desc, k_desc_1, k_desc_2, k_desc_3), k_ring, kv_head * HEAD_DIM)
+    v_side = ((v_desc, v_desc_1, v_desc_2, v_desc_3), v_ring, kv_head * HEAD_DIM_V)
+    source = (level, levels)
     place = (begin, gl.maximum(end - 1, begin), pages_ptr + slot, num_pages)
-    for i in gl.static_range(max(K_STAGES, V_STAGES)):
-        if i < blocks:
-            page = block_page(i, place, BLOCK_N, PAGE_SIZE)
-            if i < K_STAGES:
-                row = block_row(i, page, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
-                ask(k_descs, level, levels, row, k_column, k_ring, k_full, i, K_STAGES, NUM_LEVELS)
-            if i < V_STAGES - 1:
-                row = block_row(i, page, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
-                ask(v_descs, level, levels, row, v_column, v_ring, v_full, i, V_STAGES, NUM_LEVELS)
+    # What is asked for together has one number and one barrier: keys and values of a block, or, with room for
+    # two blocks of keys, values and the next block's keys. A step costs one barrier less so.
+    AHEAD: gl.constexpr = K_STAGES - 1
+    gl.static_assert(V_STAGES == 2 and (AHEAD == 0 or AHEAD == 1))
+    if blocks > 0:
+        page = block_page(0, place, BLOCK_N, PAGE_SIZE)
+        first_k = block_row(0, page, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
+        first_v = block_row(0, page, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
+        if AHEAD == 0:
+            ask_for_both(k_side, v_side, source, (first_k, first_v), full.index(0), (0, 0), NUM_LEVELS)
+        else:
+            ask_for_one(k_side, source, first_k, full.index(0), 0, NUM_LEVELS)
+            if blocks > 1:
+                page = block_page(1, place, BLOCK_N, PAGE_SIZE)
+                next_k = block_row(1, page, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
+                ask_for_both(k_side, v_side, source, (next_k, first_v), full.index(1), (1, 0), NUM_LEVELS)
+            else:
+                ask_for_one(v_side, source, first_v, full.index(1), 0, NUM_LEVELS)
 
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, RIGHT))
     strides = (stride_qb, stride_qt, stride_qh)
@@ -200,46 +175,49 @@ def attend_rows(
     running_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(0, MMA))
     # of each of a thread's keys apart: their sum is taken once, at the end
     running_sum = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=MMA)
-    # values are asked for a step after the keys of the same page, or in the same step
-    gl.static_assert(V_STAGES - 1 == K_STAGES or V_STAGES == K_STAGES)
-    v_page = block_page(V_STAGES - 1, place, BLOCK_N, PAGE_SIZE)
+    v_page = block_page(1, place, BLOCK_N, PAGE_SIZE)
+    if AHEAD == 1 and blocks > 0:
+        wait_for(full, 0)
     for block in range(whole):
         # of pages the number is on its way while this block is waited for
         k_page = block_page(block + K_STAGES, place, BLOCK_N, PAGE_SIZE)
-        if V_STAGES > K_STAGES:
+        if AHEAD == 0:
             v_page = k_page
         next_k = block_row(block + K_STAGES, k_page, k_row, place, k_slot_rows[0], BLOCK_N, PAGE_SIZE)
-        next_v = block_row(block + V_STAGES - 1, v_page, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
+        next_v = block_row(block + 1, v_page, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
         v_page = k_page
-        mbarrier.wait(k_full.index(block % K_STAGES), (block // K_STAGES) & 1)
+        if AHEAD == 0:
+            wait_for(full, block)
         scores = scores_of(k_ring.index(block % K_STAGES), q, MMA, LEFT)
         logits = scores * scale_log2 - running_max[None, :]
         above = any_of(logits > RESCALE)
-        if block + K_STAGES < blocks:
-            row = next_k + (above & zero)
-            ask(k_descs, level, levels, row, k_column, k_ring, k_full, block + K_STAGES, K_STAGES, NUM_LEVELS)
-        if block + V_STAGES - 1 < blocks:  # into the slot of the step before
-            row = next_v + (above & zero)
-            after = block + V_STAGES - 1
-            ask(v_descs, level, levels, row, v_column, v_ring, v_full, after, V_STAGES, NUM_LEVELS)
+        now = full.index((block + K_STAGES) % 2)
+        if block + K_STAGES < blocks:  # values into the slot of the step before
+            after = (next_k + (above & zero), next_v + (above & zero))
+            ask_for_both(k_side, v_side, source, after, now, (block + K_STAGES, block + 1), NUM_LEVELS)
+        elif AHEAD == 1 and block + 1 < blocks:
+            ask_for_one(v_side, source, next_v + (above & zero), now, block + 1, NUM_LEVELS)
         if above != 0:
             acc, running_max, running_sum = raise_maximum(acc, running_max, running_sum, scores, scale_log2)
             logits = scores * scale_log2 - running_max[None, :]
         p = gl.exp2(logits)
         running_sum += p
-        mbarrier.wait(v_full.index(block % V_STAGES), (block // V_STAGES) & 1)
+        if AHEAD == 1:
+            wait_for(full, block + 1)
         values = v_ring.index(block % V_STAGES).permute((1, 0)).load(LEFT)
         acc = mma_v2(values, weights_of(p, DTYPE, RIGHT), acc)
     if whole < blocks:
         left = length - whole * BLOCK_N
-        mbarrier.wait(k_full.index(whole % K_STAGES), (whole // K_STAGES) & 1)
+        if AHEAD == 0:
+            wait_for(full, whole)
         scores = scores_of(k_ring.index(whole % K_STAGES), q, MMA, LEFT)
         keys = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
         scores = gl.where((keys < left)[:, None], scores, float("-inf"))
         acc, running_max, running_sum = raise_maximum(acc, running_max, running_sum, scores, scale_log2)
         p = gl.exp2(scores * scale_log2 - running_max[None, :])
         running_sum += p
-        mbarrier.wait(v_full.index(whole % V_STAGES), (whole // V_STAGES) & 1)
+        if AHEAD == 1:
+            wait_for(full, whole + 1)
         values = v_ring.index(whole % V_STAGES).permute((1, 0)).load(LEFT)
         v_keys = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LEFT))
         values = gl.where((v_keys < left)[None, :], values, 0.0).to(DTYPE)  # 0 * NaN is NaN
