@@ -45,7 +45,7 @@ class WarpTile:
     block_n : int
         Keys per step.
     k_stages, v_stages : int
-        Steps of keys, and of values, in shared memory: one and two at least.
+        Steps of keys, one or two, and of values, two, in shared memory.
     registers : int
         Most registers per thread.
     merges : bool

@@ -28,12 +28,10 @@ WARPS: dict[str, WarpTile | None] = {
     PLAIN: None,
     "1+2": WarpTile(16, 1, 2, 96),
     "2+2": WarpTile(16, 2, 2, 96),
-    "2+3": WarpTile(16, 2, 3, 128),
-    "3+4": WarpTile(16, 3, 4, 128),
     "32: 1+2": WarpTile(32, 1, 2, 128),
     "32: 2+2": WarpTile(32, 2, 2, 128),
 }
-FEW = (PLAIN, "2+2", "3+4", "32: 2+2")
+FEW = (PLAIN, "2+2", "1+2", "32: 2+2")
 # shape -> (prefix tile instead of the library's choice, tile of one warp)
 SHAPES: dict[str, list[tuple[str | None, str]]] = {
     "32/8 B1024 P4096 S128": [(None, w) for w in WARPS] + [("narrow+1", "2+2"), ("wide+1", "2+2")],
@@ -42,7 +40,7 @@ SHAPES: dict[str, list[tuple[str | None, str]]] = {
     "32/8 B64 P4096 S128": [(None, w) for w in FEW],
     "32/8 B16 P8192 S256": [(None, w) for w in FEW[:3]],
     "32/8 B8 P2048 S2048": [(None, w) for w in FEW[:3]],
-    "32/32 B256 P4096 S128": [*((None, w) for w in (*FEW, "2+3")), ("narrow+1", "2+2")],
+    "32/32 B256 P4096 S128": [*((None, w) for w in FEW), ("narrow+1", "2+2")],
     "32/8 B1024 P16 S128": [(None, w) for w in FEW],
     "64/8 B128 P4096 S128": [(None, w) for w in FEW[:3]],
 }
