@@ -326,3 +326,42 @@ def test_packed_queries_are_named_before_shapes() -> None:
     plan = hydragen.plan(tree, kv, num_q_heads=2, kv_lens=torch.tensor([1, 1]), cu_seqlens_q=[0, 1, 3])
     with pytest.raises(ValueError, match="append needs queries in a batch"):
         plan.append(kv, torch.zeros(2, 2, 2, 8), torch.zeros(2, 2, 2, 8))
+
+
+def one_row_each(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = torch.zeros(2, 2, 6, 2, 16, device=device)
+    return k, v, torch.tensor([2, 2], device=device)
+
+
+def test_new_tokens_with_the_negative_bit(backend: str, device: torch.device) -> None:
+    k, v, lens = one_row_each(device)
+    plan = hydragen.plan(
+        PrefixTree.from_parents([-1] * 2), [(k, v)], num_q_heads=2, kv_lens=[lens], backend=backend
+    )
+    plan.update([lens + 1])
+    new = torch.complex(*torch.ones(2, 2, 1, 2, 16, device=device)).conj().imag
+    assert new.is_neg()
+    plan.append([(k, v)], new, new.clone())
+    assert (k[:, 2] == -1).all()
+    assert (v[:, 2] == -1).all()
+
+
+def test_new_tokens_that_lie_where_they_are_written(device: torch.device) -> None:
+    k, v, lens = one_row_each(device)
+    plan = hydragen.plan(PrefixTree.from_parents([-1] * 2), [(k, v)], num_q_heads=2, kv_lens=[lens])
+    plan.update([lens + 1])
+    new = torch.ones(2, 1, 2, 16, device=device)
+    for given, message in (
+        (
+            (new, k[:, 2:3]),
+            r"v must not lie in kv\[0\] k, to which it is written, got a part of it; pass a clone",
+        ),
+        ((k[:, 1:2], new), r"k must not lie in kv\[0\] k"),
+        ((v[:, 4:5], new), r"k must not lie in kv\[0\] v"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.append([(k, v)], *given)
+    assert not k.any()
+    assert not v.any()
+    plan.append([(k, v)], new, new)  # one tensor for both, of its own
+    assert v[:, 2].all()

@@ -44,7 +44,8 @@ def layouts(name: str, heads: int, dim: int, dtype: torch.dtype, seed: int, devi
 def test_it_copies_bits(
     layout: str, heads: int, dim: int, dim_v: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    new = [bits((ROWS, Q_LEN, heads, d), dtype, seed, device) for seed, d in enumerate((dim, dim_v))]
+    new = [bits((ROWS, Q_LEN, heads, 2 * d), dtype, seed, device) for seed, d in enumerate((dim, dim_v))]
+    new = [x[..., ::2] if layout == "elements apart" else x[..., : x.shape[-1] // 2] for x in new]
     at = torch.randperm(24, generator=torch.Generator().manual_seed(3))[: ROWS * Q_LEN]
     at = at.view(ROWS, Q_LEN).to(device)
     place = (at,) if layout == "packed" else (at // 4, at % 4)
@@ -82,6 +83,28 @@ def test_nothing_to_write(device: torch.device) -> None:
     new = bits((0, Q_LEN, 2, 64), torch.bfloat16, 1, device)
     launch((cache, cache), (new, new), (nowhere,))
     assert same(cache, before)
+
+
+def test_elements_further_apart_than_2_to_the_31(device: torch.device) -> None:
+    """head_dim first in memory: 4 GiB, of which a few elements are touched."""
+    cache = torch.empty(129, 2**24 + 1, 1, dtype=torch.float16, device=device).permute(1, 2, 0)
+    new = torch.arange(129.0, device=device).half().view(1, 1, 1, 129)
+    small = torch.zeros(4, 1, 8, dtype=torch.float16, device=device)
+    where = torch.ones(1, 1, dtype=torch.int64, device=device)
+    launch((cache, small), (new, new[..., :8].contiguous()), (where,))
+    assert torch.equal(cache[1, 0], new.flatten())
+    assert torch.equal(small[1, 0], new.flatten()[:8])
+
+
+def test_values_of_another_dtype_are_another_kernel(device: torch.device) -> None:
+    where = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for dtype in (torch.bfloat16, torch.float32):
+        new = [
+            torch.full((1, 1, 2, 64), x, dtype=d, device=device) for x, d in ((1, torch.float32), (2, dtype))
+        ]
+        caches = [torch.zeros(3, 2, 64, dtype=x.dtype, device=device) for x in new]
+        launch((caches[0], caches[1]), (new[0], new[1]), (where,))
+        assert [x[0].unique().tolist() for x in caches] == [[1.0], [2.0]]
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU's memory")

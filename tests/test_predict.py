@@ -5,12 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import hydragen
 from hydragen import PrefixTree
 
 RESULTS = Path(__file__).resolve().parent.parent / "ci" / "results" / "h200.csv"
-MEASURED = list(csv.DictReader(RESULTS.read_text().splitlines()))[:52]
+ROWS = list(csv.DictReader(RESULTS.read_text().splitlines()))
+MEASURED = ROWS[:52]
+# others of one prompt, to which nothing is fitted but the tile of head_dim 256
+NAME = re.compile(r"(\d+)/(\d+) (B\d+ P\d+ S[1-9]\d*)(?: d(\d+))?")
+OTHERS = [row for row in ROWS[52:] if NAME.fullmatch(row["shape"])]
 
 
 def tree_of(shape: str) -> PrefixTree:
@@ -24,11 +29,44 @@ def tree_of(shape: str) -> PrefixTree:
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["shape"])
-def test_within_30_per_cent(row: dict[str, str]) -> None:
+def test_within_10_per_cent(row: dict[str, str]) -> None:
     heads, kv_heads = map(int, row["shape"].split()[0].split("/"))
     explained = hydragen.explain(
         tree_of(row["shape"]), num_q_heads=heads, num_kv_heads=kv_heads, head_dim=128
     )
     assert explained.seconds * 1e6 == pytest.approx(float(row["roof_us"]), rel=0.06)
-    assert explained.predicted_seconds * 1e6 == pytest.approx(float(row["us"]), rel=0.3)
+    assert explained.predicted_seconds * 1e6 == pytest.approx(float(row["us"]), rel=0.1)
     assert "predicted" in str(explained)
+
+
+@pytest.mark.parametrize("row", OTHERS, ids=lambda row: row["shape"])
+def test_other_shapes_within_30_per_cent(row: dict[str, str]) -> None:
+    match = NAME.fullmatch(row["shape"])
+    assert match is not None
+    heads, kv_heads, levels, head_dim = match.groups(default="128")
+    explained = hydragen.explain(
+        tree_of(f"{heads}/{kv_heads} {levels}"),
+        num_q_heads=int(heads),
+        num_kv_heads=int(kv_heads),
+        head_dim=int(head_dim),
+    )
+    assert explained.predicted_seconds * 1e6 == pytest.approx(float(row["us"]), rel=0.3)
+
+
+def test_there_are_others() -> None:
+    assert len(OTHERS) > 40
+    assert {NAME.fullmatch(row["shape"])[4] for row in OTHERS} == {None, "64", "256"}
+
+
+def test_bytes_count() -> None:
+    """Where keys and values of one's own take the time, it is as long as there are bytes of them."""
+    tree = PrefixTree.from_levels([[16], [8192] * 256])
+
+    def predicted(**how: object) -> float:
+        heads = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128} | how
+        return hydragen.explain(tree, **heads).predicted_seconds
+
+    usual = predicted()
+    assert predicted(head_dim_v=64) == pytest.approx(0.75 * usual, rel=0.03)
+    assert predicted(dtype=torch.float32) == pytest.approx(2 * usual, rel=0.03)
+    assert predicted(num_q_heads=16) == pytest.approx(usual, rel=0.03)

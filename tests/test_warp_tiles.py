@@ -71,6 +71,28 @@ def test_nobody_gets_it_before_it_is_measured() -> None:
         ({"prefix": None, "traffic": ALONE, "num_programs": 2048, "keys": 256.0}, "large"),
         ({"prefix": None, "traffic": ALONE, "num_programs": 1055}, None),
         ({"prefix": None, "traffic": 5.8, "num_programs": 2048}, None),
+        # each limit from both sides
+        ({"prefix": None, "traffic": 20.0, "num_programs": 2048}, "large"),
+        ({"prefix": None, "traffic": 19.9, "num_programs": 2048}, None),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "reads": 1.05}, "large"),
+        ({"prefix": None, "traffic": 23.0, "num_programs": 2048, "reads": 1.051}, "medium"),
+        ({"prefix": None, "traffic": ALONE, "num_programs": 2048, "keys": 255.0}, "small"),
+        ({"prefix": None, "traffic": ALONE, "num_programs": 1056}, "small"),
+        ({"prefix": "narrow+2", "num_programs": 132, "traffic": 10.0, "keys": 256.0}, "medium"),
+        ({"prefix": "narrow+2", "num_programs": 132, "traffic": 10.1, "keys": 256.0}, "large"),
+        ({"prefix": "narrow+2", "traffic": 23.0, "keys": 255.0}, "small"),
+        (
+            {"prefix": "single", "num_blocks": 32, "num_programs": 512, "traffic": 20.0, "keys": 512.0},
+            "medium",
+        ),
+        (
+            {"prefix": "single", "num_blocks": 32, "num_programs": 512, "traffic": 20.1, "keys": 512.0},
+            "large",
+        ),
+        ({"prefix": "narrow+2", "num_blocks": 132, "traffic": 3.1, "num_programs": 4224}, "large"),
+        ({"prefix": "narrow+2", "num_blocks": 133, "traffic": 3.1, "num_programs": 4224}, "small"),
+        ({"prefix": "narrow+2", "num_blocks": 132, "traffic": 3.0, "num_programs": 4224}, "small"),
+        ({"prefix": "narrow+2", "num_blocks": 132, "traffic": 3.1, "num_programs": 4223}, "small"),
     ],
 )
 def test_what_is_best_for_a_shape(changes: dict[str, Any], name: str | None) -> None:

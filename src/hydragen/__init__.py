@@ -29,8 +29,18 @@ __all__ = [
 ]
 
 
+# What needs an extra, or what few need: found when it is first asked for.
+_LATER = {"generate": "hydragen.transformers"}
+_MODULES = ("distributed", "testing", "transformers")
+
+
 def __getattr__(name: str) -> Any:
-    """Find `generate`, which needs the extra `transformers`, when it is first asked for."""
-    if name == "generate":
-        return import_module("hydragen.transformers").generate
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, *_MODULES})

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 import sys
 from collections.abc import Iterator
@@ -12,16 +11,17 @@ from contextlib import contextmanager
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
 except ImportError as error:
     raise SystemExit("the command line needs more: pip install '.[cli]' in hydragen's checkout") from error
 
+from hydragen.cli_checks import check_prompts, check_sizes, config_name, sampling_of, two_levels
+
 if TYPE_CHECKING:
     from hydragen.transformers.answers import Answers
-    from hydragen.transformers.jsonl import Prompt
 
 # Answers that are laid out together: the first of a large job come soon.
 ANSWERS_AT_A_TIME = 8192
@@ -42,6 +42,24 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def say_version(asked: bool) -> None:
+    """Write the version, and end."""
+    if asked:
+        from hydragen import __version__
+
+        typer.echo(f"hydragen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Exact attention over shared prefixes: generate, measure, look."""
 
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU if there is one.")]
@@ -65,11 +83,20 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens per answer.")] = 256,
     temperature: Annotated[
         float | None,
-        typer.Option(help="Default 1 if n > 1, or with --top-k or --top-p; else greedy. 0 is greedy."),
+        typer.Option(
+            help="Default 1 if n > 1, or with --top-k, --top-p or --min-p; else greedy. 0 is greedy."
+        ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw from the likeliest tokens up to this sum.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens at least this share as likely as the likeliest.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="A token that ends an answer; may be repeated. Default: the model's own."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers, restarts included.")] = 0,
     logprobs: Annotated[bool, typer.Option(help="Write each token's log-probability.")] = False,
@@ -94,17 +121,18 @@ def generate(
 
     with told():
         # What can be refused without the model is refused before anything is written.
-        sampling = sampling_of(n, temperature, top_k, top_p)
+        sampling = sampling_of(n, temperature, top_k, top_p, min_p)
         check_sizes(max_new_tokens=max_new_tokens, batch_size=batch_size)
         path = out or prompts.with_suffix(".answers.jsonl")
         check_out(path, prompts)
         check_name(model)
         place, tokenizer = pick(device), tokenizer_of(model)
         settings = {
-            "model": model,
+            "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
             "model_files": state_of(model),
             "max_new_tokens": max_new_tokens,
             **sampling,
+            **({"stop_token_ids": stop_token_id} if stop_token_id else {}),
             "seed": seed,
             "logprobs": logprobs,
             "dtype": dtype.value,
@@ -133,6 +161,7 @@ def generate(
                             max_new_tokens=max_new_tokens,
                             seed=[job.seed(*one) for one in some],
                             logprobs=logprobs,
+                            stop_token_ids=stop_token_id or None,
                             batch_size=batch_size,
                             progress=False,
                             **sampling,
@@ -191,49 +220,6 @@ def bench(
         )
 
 
-def two_levels(tree: str | None) -> tuple[int, int]:
-    """Return the nodes and tokens of a tree like 8x2048; none if there is no tree."""
-    if tree is None:
-        return 0, 0
-    # Not isdigit, for which ² is a digit and int does not.
-    found = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", tree)
-    branches, tokens = map(int, found.groups()) if found else (0, 0)
-    if not (branches and tokens):
-        raise ValueError(
-            f"--tree must be like 8x2048, nodes x tokens, each from 1 to 999,999,999, got {tree[:60]}"
-        )
-    return branches, tokens
-
-
-def sampling_of(n: int, temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
-    """Return what the library calls these options; a ValueError says which do not go together."""
-    from hydragen.transformers.sampling import Sampling
-
-    if temperature == 0:
-        greedy = "with --temperature 0, which always takes the likeliest token"
-        if n > 1:
-            raise ValueError(f"-n must be 1 {greedy}: all answers would be the same, got {n}; leave one out")
-        for name, value in (("--top-k", top_k), ("--top-p", top_p)):
-            if value is not None:
-                raise ValueError(f"{name} must not stand {greedy}, got {value}; leave one of them out")
-        return {"do_sample": False}
-    if temperature is None and n == 1 and top_k is None and top_p is None:
-        return {"do_sample": False}
-    warmth = 1.0 if temperature is None else temperature
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": warmth, "top_k": top_k, "top_p": top_p}
-    Sampling(**sampling)  # raises what the first answer would
-    return sampling
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Raise a ValueError for a size that the library would refuse once the model is loaded."""
-    from hydragen.host_ints import as_positive_int
-
-    for name, size in sizes.items():
-        if size is not None:
-            as_positive_int(size, f"--{name.replace('_', '-')}")
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
@@ -267,21 +253,6 @@ def goes_on(answers: Answers) -> Iterator[None]:
             err=True,
         )
         raise
-
-
-def check_prompts(model: Any, prompts: dict[str, Prompt], new_tokens: int) -> None:
-    """Raise a ValueError that names file and line of a prompt which the model cannot answer."""
-    import numpy as np
-
-    from hydragen.transformers.support import check_prompt
-
-    for where, prompt in prompts.items():
-        check_prompt(model, np.array(prompt.ids, dtype=np.int64), new_tokens, where)
-
-
-def config_name(path: Path) -> str:
-    """Return what to call a model: its file, or the folder of its config.json."""
-    return path.resolve().parent.name if path.name == "config.json" else path.resolve().stem
 
 
 if __name__ == "__main__":

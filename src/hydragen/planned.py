@@ -216,11 +216,11 @@ class Plan(NotCopied):
             one tensor.
         """
         planned = self._planned
-        caches = check_append(planned, kv, k, v)
+        caches, new = check_append(planned, kv, k, v)
         slots = self._state.slots(planned)
         if slots is None:
             return
-        append_tokens(caches, (k, v), *slots, backend=self._backend)
+        append_tokens(caches, new, *slots, backend=self._backend)
 
     def explain(self) -> Explanation:
         """Say what is batched, what is read with and without sharing, and which limit binds.

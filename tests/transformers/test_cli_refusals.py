@@ -39,12 +39,14 @@ def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--temperature", "nan"), "temperature must be a positive number"),
-        (("--temperature", -1), "temperature must be a positive number"),
+        (("--temperature", "nan"), "--temperature must be positive"),
         (("--temperature", 0, "-n", 3), "-n must be 1 with --temperature 0"),
         (("--temperature", 0, "--top-k", 5), "--top-k must not stand with --temperature 0"),
         (("--temperature", 0, "--top-p", 0.5), "--top-p must not stand with --temperature 0"),
-        (("--top-p", 0), "top_p must be above 0"),
+        (("--top-p", 0), "--top-p must be above 0"),
+        (("--min-p", 1.5), "--min-p must be above 0"),
+        (("--temperature", 0, "--min-p", 0.5), "--min-p must not stand with --temperature 0"),
+        (("--temperature", -1), "--temperature must be positive"),
         (("--top-k", 2**40), "top_k must be an integer of at least 1 and less than 2**31"),
         (("--batch-size", 2**31), "--batch-size must be an integer of at least 1 and less than 2**31"),
         (("--max-new-tokens", 2**31), "--max-new-tokens must be an integer"),

@@ -60,7 +60,7 @@ def launch(
         tuple([_strides(x, len(place)) for x in caches]),
         index.numel(),
         (len(place) > 1, source is not None, fresh is not None),
-        (new[0].dtype, index.device),
+        (*[x.dtype for x in (*new, *caches)], index.device),
     )
     tensors = (
         *new,

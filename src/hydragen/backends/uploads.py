@@ -42,7 +42,11 @@ class Uploaded:
         sizes = tuple([array.size for array in arrays])
         if sizes != self._sizes:
             raise ValueError(f"arrays must have the sizes {self._sizes}, got {sizes}; plan anew")
-        self._flat.copy_(self._pinned(arrays, self._flat.device), non_blocking=True)
+        host = self._pinned(arrays, self._flat.device)
+        if self._host is not None:  # replays copy from there: those on their way what they were to copy
+            torch.cuda.synchronize(self._flat.device)
+            self._host.copy_(host)
+        self._flat.copy_(host, non_blocking=True)
 
     def _pinned(self, arrays: Sequence[IntArray | NDArray[np.int32]], device: torch.device) -> Tensor:
         """Return all arrays in one CPU tensor, from which copies to `device` do not make the host wait."""

@@ -10,7 +10,7 @@ def copy_heads(
 ):  # fmt: skip
     """Copy some heads of one token; every index times its stride in 64 bits."""
     new_row, new_token, outer, inner, head, heads_ok = at
-    dims = tl.arange(0, BLOCK_D)
+    dims = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = heads_ok[:, None] & (dims < HEAD_DIM)[None, :]
     source = new_ptr + new_row * strides_new[0] + new_token * strides_new[1]
     value = tl.load(source + (head * strides_new[2])[:, None] + (dims * strides_new[3])[None, :], mask=mask)

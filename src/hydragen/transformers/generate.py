@@ -62,9 +62,10 @@ def generate(model: PreTrainedModel | PrefixCache, *prompts: object, **options: 
         With attn_implementation="hydragen". A PrefixCache of one row is a prefix that was kept: the prompts
         go on from it, and it can be used again.
     *prompts : token ids or texts
-        One prompt, or a list of them; what they share is found. Further arguments are levels of prompts: what
-        follows each path so far, `generate(model, system, questions)`, or `generate(model, system, documents,
-        [[question, ...] for each document])`. Pieces of a path are joined. Texts need `tokenizer`.
+        One prompt, or a list of them, unpadded; what they share is found. Further arguments are levels of
+        prompts: what follows each path so far, `generate(model, system, questions)`, or `generate(model,
+        system, documents, [[question, ...] for each document])`. Pieces of a path are joined. Texts need
+        `tokenizer`, chats its `apply_chat_template`.
     tokenizer : optional
         For texts, and for `text` in the answers.
     num_return_sequences : int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ def records(lines: bytes, path: Path, remedy: str) -> Iterator[tuple[int, str, A
         If a line cannot be read as JSON; names file and line.
     """
     # Not by splitlines, for which a text within a line may hold ends of lines: U+0085, U+2028 and others.
-    for number, raw in enumerate(lines.split(b"\n"), start=1):
+    for number, raw in enumerate(lines.removeprefix(BOM_UTF8).split(b"\n"), start=1):
         if not raw.strip():
             continue
         try:

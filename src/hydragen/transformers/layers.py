@@ -72,7 +72,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
     def store(self, k: Tensor, v: Tensor, position_ids: Tensor | None, mask: Tensor | None) -> None:
         """Append the new tokens, k and v [rows, heads, tokens, dim], to the rows' tails."""
         num_rows, _, q_len, _ = k.shape
-        self._check_dtype(k.dtype)  # before anything changes
+        self._check(k, v)  # before anything changes
         if self.steps == self.rows.steps:
             self.rows.begin_step(num_rows, q_len, position_ids, mask)
         self.steps = self.rows.steps
@@ -80,7 +80,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         if self.layout is not step.layout:
             self._move(step.layout, k, v)
         if k.is_cuda and not torch.compiler.is_compiling():
-            both = k.transpose(1, 2), v.transpose(1, 2)
+            both = k.resolve_neg().transpose(1, 2), v.resolve_neg().transpose(1, 2)
             append_tokens(self._tails(), both, (step.target,), step.source)
             self.rows.waiting -= 1
             return
@@ -108,8 +108,15 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
             raise RuntimeError("this layer has no tails yet; the attention function makes them")
         return self.keys, self.values
 
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        held = self.keys
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ValueError(
+                "a PrefixCache keeps no graph, got keys and values that require gradients; call "
+                "the model under torch.no_grad()"
+            )
+        held, dtype = self.keys, k.dtype
+        if v.dtype != dtype:
+            raise TypeError(f"the model must give keys and values of one dtype, got {dtype} and {v.dtype}")
         if held is None and self.rows.levels:
             first = self.rows.levels[0].kv[self.index]
             held = first.k if isinstance(first, PackedKV) else first[0]

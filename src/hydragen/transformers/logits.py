@@ -53,7 +53,8 @@ class LastLogits(NamedTuple):
         if wrong.size or self.values is None:
             raise ValueError(
                 f"row {wrong[:1].tolist()} must have just been extended, so that its next token is known, "
-                "got one that ends elsewhere; extend the cache with the tokens to go on from"
+                "got one that ends elsewhere; extend the cache with the tokens to go on from, after the "
+                "model's own generate beginning with the last that it handed out, which it has not fed"
             )
         return self.values[torch.from_numpy(self.kept_at[rows]).to(self.values.device)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ def join_levels(levels: Sequence[object]) -> list[list[Prompt]]:
     """Return the pieces of every prompt, in the caller's order, depth first.
 
     levels[0] is a prompt or a list of them; before other levels it may be empty. A further level holds what
-    follows: a list of prompts if there is one path so far, else one list of prompts per path so far.
+    follows: a prompt or a list of them if there is one path so far, else one list of prompts per path so far.
     """
     paths: list[list[Prompt]] = [[]]
     for depth, level in enumerate(levels):
@@ -30,14 +30,14 @@ def join_levels(levels: Sequence[object]) -> list[list[Prompt]]:
             continue
         if depth == 0 and len(levels) > 1 and isinstance(level, list | tuple) and not level:
             continue  # no system prompt
-        branches = _listed(level, name)
+        branches = [[level]] if is_prompt(level) else _listed(level, name)
         nested = depth > 0 and len(branches) > 0 and not any(is_prompt(x) for x in branches)
         if not nested and len(paths) == 1:
             branches = [branches]
         elif not nested or len(branches) != len(paths):
             raise ValueError(
                 f"{name} must hold one list of prompts for each of the {len(paths)} paths above it, got "
-                f"{len(branches)} {'lists' if nested else 'prompts'}; nest it: [[a1, a2], [b1], ...]"
+                f"{_said(level, branches, nested)}; nest it: [[a1, a2], [b1], ...]"
             )
         paths = [
             [*path, prompt]
@@ -68,6 +68,10 @@ def token_ids_of(paths: list[list[Prompt]], tokenizer: Any, special: bool) -> li
     ]
 
 
+def _said(level: object, branches: list[Prompt], nested: bool) -> str:
+    return "one prompt" if is_prompt(level) else f"{len(branches)} {'lists' if nested else 'prompts'}"
+
+
 def _listed(value: object, name: str) -> list[Prompt]:
     if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray | Tensor):
         remedy = "pass its input_ids" if hasattr(value, "input_ids") else "for one prompt pass [prompt]"
@@ -76,6 +80,11 @@ def _listed(value: object, name: str) -> list[Prompt]:
         )
     if isinstance(value, Tensor | np.ndarray) and value.ndim != 2:
         raise ValueError(f"{name} must be [prompts, tokens] if it is a tensor, got {list(value.shape)}")
+    if any(isinstance(x, Mapping) for x in value):
+        raise TypeError(
+            f"{name} must be token ids or texts, got the messages of a chat; lay them out: "
+            'tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]'
+        )
     return list(value)
 
 

@@ -83,6 +83,12 @@ class CacheProtocol(Cache):  # type: ignore[misc]  # mypy does not read transfor
         self.rows.permute(chosen)
         self._logits, self._pending = self._logits.of_rows(chosen), self._pending.of_rows(chosen)
 
+    def __repr__(self: PrefixCache) -> str:
+        lens = self.lengths
+        held = f"lengths={lens.min()} to {lens.max()}, " if lens.size else ""
+        stored = f"stored_tokens={self.stored_tokens}, layers={len(self.layers)}"
+        return f"PrefixCache(rows={lens.size}, {held}{stored})"
+
     @contextmanager
     def undone_on_failure(self: PrefixCache) -> Iterator[None]:
         """Let the rows hold what they held before, if the block fails or is interrupted.

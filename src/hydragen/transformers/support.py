@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn import ModuleList
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -48,6 +49,12 @@ def check_model(model: object) -> PreTrainedModel:
         raise ValueError(
             f"model must be one stack of layers, got {name}, whose config has no num_hidden_layers; use the "
             "model's own cache"
+        )
+    layers = getattr(model.get_decoder(), "layers", None)
+    if isinstance(layers, ModuleList) and len(layers) < getattr(config, "num_hidden_layers", 0):
+        raise ValueError(
+            f"model must have the {config.num_hidden_layers} layers that its config says, got {len(layers)}; "
+            f"set num_hidden_layers = {len(layers)} in it"
         )
     if _looks_elsewhere(config):
         raise ValueError(
@@ -106,14 +113,15 @@ def attention_of(config: Any) -> str:
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
     """Return what each layer that has a cache attends to."""
-    kinds: list[str] = get_layer_types_and_kwargs(text_config(model))[0]
-    return kinds
+    config = text_config(model)
+    kinds: list[str] = get_layer_types_and_kwargs(config)[0]
+    return kinds[: getattr(config, "num_hidden_layers", None)]  # a config cut short may list more
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
     """Return the sliding window of each layer that has a cache, None for full attention."""
-    kinds, options = get_layer_types_and_kwargs(text_config(model))
-    return [options["sliding_window"] if kind == "sliding_attention" else None for kind in kinds]
+    window = get_layer_types_and_kwargs(text_config(model))[1].get("sliding_window")
+    return [window if kind == "sliding_attention" else None for kind in layer_kinds(model)]
 
 
 def expands_cached(model: PreTrainedModel) -> bool:

@@ -14,8 +14,8 @@ from hydragen.validation.tensors import check_tensor
 
 def check_append(
     planned: Planned, kv: KV | tuple[Tensor, Tensor], k: object, v: object
-) -> tuple[Tensor, Tensor]:
-    """Return the tensors that hold the keys and values of the rows' last nodes, if new ones fit them."""
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the tensors that hold the keys and values of the rows' last nodes, and the new ones that fit."""
     tensors, nodes = tensors_of_run(planned, kv), planned.nodes
     if len(planned.q_shape) != 4:
         raise ValueError(
@@ -24,7 +24,7 @@ def check_append(
         )
     level = last_level(planned.tree, nodes)
     where = f"kv[{level}]" if nodes.by_level else "kv"
-    caches = []
+    caches, fresh = [], []
     for x, new, held, name in zip(tensors[level], (k, v), (nodes.k, nodes.v), "kv", strict=True):
         cache = check_like(x, held[level], f"{where} {name}", planned.like)
         tensor = check_tensor(new, name, planned.like)
@@ -41,13 +41,21 @@ def check_append(
             "Plan.append", "append outside of it", [(f"{where} {name}", cache), (name, tensor)]
         )
         caches.append(cache)
+        fresh.append(tensor)
     one = k is v and caches[0].data_ptr() == caches[1].data_ptr() and caches[0].stride() == caches[1].stride()
     if not one and entangled(*caches):
         raise ValueError(
             f"{where} v must have memory of its own, or new values would overwrite new keys, got that of "
             f"{where} k; pass the same tensor as k and v if they are the same, or copy one"
         )
-    return caches[0], caches[1]
+    for tensor, name in zip(fresh, "kv", strict=True):
+        for cache, held_name in zip(caches, "kv", strict=True):
+            if entangled(tensor, cache):
+                raise ValueError(
+                    f"{name} must not lie in {where} {held_name}, to which it is written, got a part of it; "
+                    "pass a clone"
+                )
+    return (caches[0], caches[1]), (fresh[0], fresh[1])
 
 
 def last_level(tree: PrefixTree, nodes: NodeKV) -> int:
