@@ -210,11 +210,13 @@ def bench(
             for tokens in prefix or [1024, 4096]
             for size in batch or [32, 256]
         ]
-        chosen = None if dtype is Dtype.auto else dtype.value
+        chosen, results = None if dtype is Dtype.auto else dtype.value, Results(out)
+        if all(results.has(case.key) for case in cases):
+            typer.echo(f"all {len(cases)} cases are in {out} already", err=True)
         run(
             cases,
             lambda _: random_model(config, chosen, place),
-            Results(out),
+            results,
             seconds=seconds,
             say=typer.echo,
         )

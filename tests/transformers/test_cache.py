@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,13 @@ from transformers import PreTrainedModel
 import hydragen
 from hydragen.transformers import PrefixCache
 from hydragen.transformers.levels import Layout
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    """As whoever calls a model over a cache does."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hydragen
 from hydragen.transformers import PrefixCache
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    """As whoever calls a model over a cache does."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

@@ -86,6 +86,17 @@ def test_what_a_cache_says_of_itself(ours: PreTrainedModel) -> None:
     assert repr(fork) == "PrefixCache(rows=3, lengths=20 to 22, stored_tokens=23, layers=2)"
 
 
+def test_gradients_are_not_dropped_in_silence(ours: PreTrainedModel) -> None:
+    fork = PrefixCache(ours).prefill(SYSTEM).fork(2)
+    tokens = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": fork}
+    with pytest.raises(ValueError, match=r"keeps no graph, got keys and values that require gradients; call"):
+        ours(**tokens)
+    fork.reset()
+    with torch.no_grad():
+        assert ours(**tokens).logits.shape == (2, 1, 97)
+    assert fork.lengths.tolist() == [21, 21]
+
+
 def test_after_the_models_own_generate(ours: PreTrainedModel) -> None:
     fork = PrefixCache(ours).prefill(SYSTEM).fork(1)
     ids = torch.tensor([[*SYSTEM, 5]])
@@ -128,7 +139,7 @@ def test_a_job_is_the_same_from_another_folder(
 def test_bench_says_what_it_has(model_folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     sizes = ("--batch", 2, "--prefix", 32, "--completion", 4, "--no-hf", "--out", table)
-    for expected in ("tokens/s of", f"prefix 32: in {table} already"):
+    for expected in ("tokens/s of", f"all 1 cases are in {table} already"):
         done = run("bench", "--config", model_folder, *sizes)
         assert done.exit_code == 0, done.output
         assert expected in done.output

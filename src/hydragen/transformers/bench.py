@@ -164,7 +164,6 @@ def run(
     prefixes: Prefixes | None = None
     for case in cases:
         if results.has(case.key):
-            say(f"{case.model}, batch {case.batch}, prefix {case.prefix}: in {results.path} already")
             continue
         in_time = time.perf_counter() - began <= max(seconds - LAST_START, seconds / 2)
         if prefixes is not None:

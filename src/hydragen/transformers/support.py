@@ -50,12 +50,6 @@ def check_model(model: object) -> PreTrainedModel:
             f"model must be one stack of layers, got {name}, whose config has no num_hidden_layers; use the "
             "model's own cache"
         )
-    layers = getattr(model.get_decoder(), "layers", None)
-    if isinstance(layers, ModuleList) and len(layers) < getattr(config, "num_hidden_layers", 0):
-        raise ValueError(
-            f"model must have the {config.num_hidden_layers} layers that its config says, got {len(layers)}; "
-            f"set num_hidden_layers = {len(layers)} in it"
-        )
     if _looks_elsewhere(config):
         raise ValueError(
             f"model must attend to its own tokens in every layer, got {name} with cross-attention in layers "
@@ -67,6 +61,12 @@ def check_model(model: object) -> PreTrainedModel:
             f"model must attend to all tokens or a sliding window in every layer, got {name} with "
             f"{', '.join(others)}, whose state is no list of tokens that rows could share; use the model's "
             "own cache"
+        )
+    found, expected = _layers_of(model), getattr(config, "num_hidden_layers", 0)
+    if found is not None and found < expected:
+        raise ValueError(
+            f"model must have the {expected} layers that its config says, got {found}; set "
+            f"num_hidden_layers = {found} in it"
         )
     if not model.is_backend_compatible():
         raise ValueError(
@@ -201,6 +201,14 @@ def check_generate(model: PreTrainedModel) -> None:
             f"{stored_positions(model)} positions that its longrope embedding is made for, and then goes on "
             "without it; use hydragen.generate or cache.generate"
         )
+
+
+def _layers_of(model: PreTrainedModel) -> int | None:
+    """Return how many layers attend in a decoder that is one list of layers; None if it is something else."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    numbers = {getattr(module, "layer_idx", None) for module in decoder.modules()} - {None}
+    return max(len(layers), len(numbers)) if isinstance(layers, ModuleList) and numbers else None
 
 
 def _looks_elsewhere(config: Any) -> bool:
