@@ -365,3 +365,19 @@ def test_new_tokens_that_lie_where_they_are_written(device: torch.device) -> Non
     assert not v.any()
     plan.append([(k, v)], new, new)  # one tensor for both, of its own
     assert v[:, 2].all()
+
+
+def test_a_row_that_has_finished_above_another(backend: str, device: torch.device) -> None:
+    """Its node has no room, and lies on the path of a row that goes on: nothing is written for it."""
+    k, v = torch.zeros(2, 10, 2, 16, device=device)
+    tree, lens = (
+        PrefixTree.from_parents([-1, 0, 1], row_to_node=[1, 2]),
+        torch.tensor([4, 0, 2], device=device),
+    )
+    plan = hydragen.plan(tree, PackedKV(k, v, [0, 4, 4, 10]), num_q_heads=2, kv_lens=lens, backend=backend)
+    plan.update(lens + torch.tensor([0, 0, 1], device=device))
+    new = normal(2, 2, 1, 2, 16, device=device)
+    plan.append((k, v), new[0], new[1])
+    for held, given in ((k, new[0]), (v, new[1])):
+        assert torch.equal(held[6], given[1, 0])
+        assert held.count_nonzero() == held[6].count_nonzero()
