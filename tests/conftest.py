@@ -42,6 +42,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def without_gradients() -> Iterator[None]:
+    """As whoever calls a model over a cache does."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def device() -> torch.device:
     """The GPU if there is one, the CPU otherwise and for the interpreter."""
     return torch.device("cuda" if CUDA else "cpu")

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydragen.backends.appends import Slots
 from hydragen.backends.tokens import Tokens, find_tokens, planned_lens
 from hydragen.backends.uploads import Uploaded
 from hydragen.host_ints import IntArray
 from hydragen.lengths import KVLens, node_index
-from hydragen.slots import Growth, Slots, SlotTables
+from hydragen.slots import Growth, SlotTables
 from hydragen.transforms import lasting_memory
 from hydragen.validation.planned import Planned
 from hydragen.validation.update import check_new_places, lengths_now

@@ -220,7 +220,7 @@ class Plan(NotCopied):
         slots = self._state.slots(planned)
         if slots is None:
             return
-        append_tokens(caches, new, *slots, backend=self._backend)
+        append_tokens(caches, new, slots, self._backend)
 
     def explain(self) -> Explanation:
         """Say what is batched, what is read with and without sharing, and which limit binds.

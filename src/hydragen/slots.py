@@ -8,28 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydragen.backends.appends import Slots
 from hydragen.backends.uploads import Uploaded
 from hydragen.host_ints import IntArray
 from hydragen.validation.append import last_level
 from hydragen.validation.planned import Planned
-
-
-class Slots(NamedTuple):
-    """Where the newest tokens of each row go, [num_rows, q_len] each.
-
-    Attributes
-    ----------
-    place : one or two int64 tensors
-        Indices into the first dimensions of a level, packed tensor or pool.
-    source : int64
-        Which of all new tokens, row after row, is written there.
-    fresh : bool
-        Whether anything is written at all; if not, what is there is written once more.
-    """
-
-    place: tuple[Tensor, ...]
-    source: Tensor
-    fresh: Tensor
 
 
 class Growth(NamedTuple):
@@ -84,7 +67,7 @@ class SlotTables:
         """Compute all slots anew, into the same memory."""
         for level, (rows, old) in self._levels.items():
             new = self._slots(planned, rows, level, growth)
-            for there, value in zip((*old.place, *old[1:]), (*new.place, *new[1:]), strict=True):
+            for there, value in zip(old.tensors(), new.tensors(), strict=True):
                 there.copy_(value)
 
     def _slots(self, planned: Planned, rows: Uploaded, level: int, growth: Growth) -> Slots:

@@ -132,9 +132,8 @@ def warp_tile_for(
     if free and traffic > _OFTEN and num_programs >= _MANY_PROGRAMS * num_sms:
         return long_steps
     small, busy = WARP_TILES["small"], traffic > _BUSY
-    if num_programs <= num_sms * beside(
-        small, prefix, head_dim
-    ):  # all at once: what each has in flight counts
+    # if all find a place at once, what each has in flight counts
+    if num_programs <= num_sms * fit_beside(small, prefix, head_dim):
         fewer = busy
     else:
         fewer = prefix.consumers == 1 or not (busy or num_programs >= _FULL * num_sms)
@@ -151,7 +150,7 @@ def read_by(step: int, kv_lens: IntArray, growing: bool) -> float:
     return float((-(-kv_lens // step) * step).sum())
 
 
-def beside(warp: WarpTile, prefix: PrefixTile, head_dim: int) -> int:
+def fit_beside(warp: WarpTile, prefix: PrefixTile, head_dim: int) -> int:
     """Return how many programs of one warp fit beside one of a prefix tile on its multiprocessor."""
     step = 2 * head_dim
     theirs = 2 * prefix.num_stages * prefix.block_n * step + prefix.block_m * prefix.q_shared * step + 2048
@@ -163,7 +162,7 @@ def places(warp: WarpTile, prefix: PrefixTile, num_programs: int, head_dim: int,
     """Return how many programs of one warp find a place at once beside `num_programs` of a prefix tile."""
     busy = min(num_programs, num_sms)
     alone = _fit(warp, _REGISTERS, _SHARED, head_dim)
-    return beside(warp, prefix, head_dim) * busy + alone * (num_sms - busy)
+    return fit_beside(warp, prefix, head_dim) * busy + alone * (num_sms - busy)
 
 
 def _fit(warp: WarpTile, registers: int, memory: int, head_dim: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,12 +17,7 @@ import hydragen
 from hydragen.transformers import PrefixCache
 from hydragen.transformers.levels import Layout
 
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    """As whoever calls a model over a cache does."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture

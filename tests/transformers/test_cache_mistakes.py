@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 import hydragen
 from hydragen.transformers import PrefixCache, attention
 
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    """As whoever calls a model over a cache does."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture

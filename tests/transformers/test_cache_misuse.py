@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hydragen
 from hydragen.transformers import PrefixCache
 
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    """As whoever calls a model over a cache does."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture

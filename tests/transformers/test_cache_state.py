@@ -12,8 +12,8 @@ from models import make_model
 from transformers import PreTrainedModel
 
 import hydragen
+from hydragen.backends.appends import in_words
 from hydragen.transformers import PrefixCache
-from hydragen.transformers.layers import in_words
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hydragen.backends.appends import Slots
 from hydragen.backends.tokens import Tokens
 from hydragen.types import AttentionState
 from hydragen.validation import Call
@@ -44,14 +45,7 @@ class Backend(Protocol):
         """Overwrite, on `device`, the tables of the plan before, whose `uploads` this one has."""
         ...
 
-    def append(
-        self,
-        caches: tuple[Tensor, Tensor],
-        new: tuple[Tensor, Tensor],
-        place: tuple[Tensor, ...],
-        source: Tensor | None = None,
-        fresh: Tensor | None = None,
-    ) -> None:
+    def append(self, caches: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], slots: Slots) -> None:
         """Write new tokens into caches, as `appends.write` says."""
         ...
 

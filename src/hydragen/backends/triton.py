@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydragen.backends.appends import launch as append
+from hydragen.backends.append_launch import append
 from hydragen.backends.launch import INTERPRET, LOG2_E, Launcher, alignment
 from hydragen.backends.launches import attend_launcher, merge_launcher
 from hydragen.backends.tma import TmaLauncher

@@ -39,12 +39,6 @@ def ask_for_one(side, source, row, full, block, NUM_LEVELS: gl.constexpr):
 
 
 @gluon.jit
-def wait_for(full, number):
-    """Wait for what was asked for with this number."""
-    mbarrier.wait(full.index(number % 2), (number // 2) & 1)
-
-
-@gluon.jit
 def block_page(block, place, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """The page that block number `block` of a segment lies in; past the last key, that key's."""
     begin, last, pages_ptr, num_pages = place

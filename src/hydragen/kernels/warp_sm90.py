@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ask_sm90 import ask_for_both, ask_for_one, block_page, block_row, wait_for
-from .fetch_sm90 import locate
+from .ask_sm90 import ask_for_both, ask_for_one, block_page, block_row
+from .fetch_sm90 import locate, wait_for
 from .merge_sm90 import merge_item
 from .primitives import LN_2, LOG2_E, LOWEST, RESCALE, total_and_lse
 from .rows_sm90 import places, query_rows
@@ -177,7 +177,7 @@ def attend_rows(
     running_sum = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=MMA)
     v_page = block_page(1, place, BLOCK_N, PAGE_SIZE)
     if AHEAD == 1 and blocks > 0:
-        wait_for(full, 0)
+        wait_for(full, 0, 0, 2)
     for block in range(whole):
         # of pages the number is on its way while this block is waited for
         k_page = block_page(block + K_STAGES, place, BLOCK_N, PAGE_SIZE)
@@ -187,7 +187,7 @@ def attend_rows(
         next_v = block_row(block + 1, v_page, v_row, place, v_slot_rows[0], BLOCK_N, PAGE_SIZE)
         v_page = k_page
         if AHEAD == 0:
-            wait_for(full, block)
+            wait_for(full, block, 0, 2)
         scores = scores_of(k_ring.index(block % K_STAGES), q, MMA, LEFT)
         logits = scores * scale_log2 - running_max[None, :]
         above = any_of(logits > RESCALE)
@@ -203,13 +203,13 @@ def attend_rows(
         p = gl.exp2(logits)
         running_sum += p
         if AHEAD == 1:
-            wait_for(full, block + 1)
+            wait_for(full, block + 1, 0, 2)
         values = v_ring.index(block % V_STAGES).permute((1, 0)).load(LEFT)
         acc = mma_v2(values, weights_of(p, DTYPE, RIGHT), acc)
     if whole < blocks:
         left = length - whole * BLOCK_N
         if AHEAD == 0:
-            wait_for(full, whole)
+            wait_for(full, whole, 0, 2)
         scores = scores_of(k_ring.index(whole % K_STAGES), q, MMA, LEFT)
         keys = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
         scores = gl.where((keys < left)[:, None], scores, float("-inf"))
@@ -217,7 +217,7 @@ def attend_rows(
         p = gl.exp2(scores * scale_log2 - running_max[None, :])
         running_sum += p
         if AHEAD == 1:
-            wait_for(full, whole + 1)
+            wait_for(full, whole + 1, 0, 2)
         values = v_ring.index(whole % V_STAGES).permute((1, 0)).load(LEFT)
         v_keys = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LEFT))
         values = gl.where((v_keys < left)[None, :], values, 0.0).to(DTYPE)  # 0 * NaN is NaN

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hydragen.appending import append_tokens
+from hydragen.appending import Slots, append_tokens
 from hydragen.host_ints import IntArray
 from hydragen.kv import PackedKV
 from hydragen.transformers.levels import Layout
@@ -79,18 +79,8 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
         step = self.rows.step
         if self.layout is not step.layout:
             self._move(step.layout, k, v)
-        if k.is_cuda and not torch.compiler.is_compiling():
-            both = k.resolve_neg().transpose(1, 2), v.resolve_neg().transpose(1, 2)
-            append_tokens(self._tails(), both, (step.target,), step.source)
-            self.rows.waiting -= 1
-            return
-        for tail, new in zip(self._tails(), (k, v), strict=True):
-            tokens = new.transpose(1, 2).flatten(0, 1)  # [rows * tokens, heads, dim]
-            if step.source is not None:
-                tokens = tokens[step.source]
-            if in_words(tail) and in_words(tokens):  # elements are copied one by one: the fewer the better
-                tail, tokens = tail.view(torch.int64), tokens.view(torch.int64)
-            tail.index_copy_(0, step.target, tokens)
+        new = k.resolve_neg().transpose(1, 2), v.resolve_neg().transpose(1, 2)
+        append_tokens(self._tails(), new, Slots((step.target,), step.source))
         self.rows.waiting -= 1
 
     def kv(self) -> list[PackedKV | tuple[Tensor, Tensor]]:
@@ -200,12 +190,6 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]  # mypy does not read 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], *_: object) -> NoReturn:
         raise TypeError(_computes(getattr(func, "__name__", str(func))))
-
-
-def in_words(x: Tensor) -> bool:
-    """Whether `x` can be viewed as words of eight bytes along its last dimension."""
-    sizes = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    return x.stride(-1) == 1 and all(size * x.element_size() % 8 == 0 for size in sizes)
 
 
 def take_handed_over() -> PrefixLayer | None:
